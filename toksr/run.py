@@ -46,7 +46,7 @@ def _text(x: str | list[str]) -> str:
     return _ADDRESS.sub(r'\1', ''.join(x))
 
 def _stable_outputs(outputs: list) -> list:
-    "Outputs without progress, addresses, widgets and timings; neighbouring prints as one"
+    "Outputs without progress, addresses, widgets and timings; neighbouring prints as one, and no picture twice in a row"
     kept: list = []
     for o in outputs:
         if o.output_type == 'stream':
@@ -55,6 +55,8 @@ def _stable_outputs(outputs: list) -> list:
             else: kept.append(o); o['text'] = ''.join(o.text)
             continue
         if _WIDGET in o.get('data', {}): continue
+        png = o.get('data', {}).get('image/png')
+        if png and kept and png == kept[-1].get('data', {}).get('image/png'): continue      # shown by its name, and again when the cell ended
         if 'metadata' in o: o.metadata.clear()
         for kind, v in o.get('data', {}).items():
             if kind.startswith('text/'): o.data[kind] = _text(v)
