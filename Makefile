@@ -41,6 +41,7 @@ repro: $(OK) data   ## rebuild every result whose inputs changed
 	toksr-repro
 
 retrain: $(OK) data ## rebuild everything from nothing, training included
+	rm -rf .ckpt          # a finished run would only be continued at its end
 	toksr-repro --force
 
 test: $(OK) data    ## the chapters' own tests, then the rest

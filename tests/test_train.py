@@ -108,14 +108,18 @@ def test_keeps_two_and_no_pickles(tmp_path):
     assert files == {'lock', 'state.json', 'state.safetensors'}
 
 
-def test_saves_on_the_clock(tmp_path):
-    class Sleep:
-        def stepped(self, loop): time.sleep(.03)
-    seen = []
+def test_saves_on_the_clock(tmp_path, monkeypatch):
+    "Three seconds a step, a checkpoint every ten: after steps 4 and 8, and at the end"
+    now = [0.]
+    monkeypatch.setattr(checkpoint.time, 'monotonic', lambda: now[0])
+    saved = []
+    class Tick:
+        def stepped(self, loop): now[0] += 3
     class Look:
-        def stepped(self, loop): seen.append(len(list(tmp_path.glob('step-*'))))
-    fit(Plain(), TrainConfig(steps=10, batch=4), N, callbacks=[Sleep(), Checkpoint(tmp_path, seconds=.1), Look()])
-    assert seen[0] == 0 and seen[-1] >= 1
+        def stepped(self, loop): saved.append([int(p.name[-3:]) for p in sorted(tmp_path.glob('step-*'))])
+    fit(Plain(), TrainConfig(steps=10, batch=4), N, callbacks=[Tick(), Checkpoint(tmp_path, seconds=10.), Look()])
+    assert saved[2] == [] and saved[3] == [4] and saved[-1] == [4, 8]
+    assert [p.name for p in Checkpoint(tmp_path).found()] == ['step-000000008', 'step-000000010']
 
 
 def test_finished_run_is_not_trained_again(tmp_path):
