@@ -25,6 +25,11 @@ def toy(tmp_path):
     return tmp_path
 
 
+def listen():
+    "A job in the background of a shell ignores Ctrl-C, and its children inherit that"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def repro(root, *words, **kw):
     return subprocess.run([sys.executable, '-c', 'from toksr.jobs import main; main()', *words], cwd=root, capture_output=True, text=True, env=ENV, **kw)
 
@@ -61,7 +66,7 @@ def test_failure_stops_dependents_and_lets_others_finish(toy):
 
 def test_interrupt_ends_stages_and_can_go_on(toy):
     (toy/'nap').write_text('60')
-    p = subprocess.Popen([sys.executable, '-c', 'from toksr.jobs import main; main()'], cwd=toy, text=True, stdout=subprocess.PIPE,
+    p = subprocess.Popen([sys.executable, '-c', 'from toksr.jobs import main; main()'], cwd=toy, preexec_fn=listen, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, env=ENV)
     for _ in range(300):
         if (toy/'times.log').exists() and len((toy/'times.log').read_text().split()) == 2: break

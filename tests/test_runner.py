@@ -28,6 +28,11 @@ WRONG = ['steps=0', 'steps=1001', 'steps=2.5', 'steps=true', 'steps=', 'steps=[1
          'ema=maybe', 'text=Both', 'factors=4', 'factors=[4, 9]', 'factors=[4, x]', 'name='+'x'*1001, 'name=\x00']
 
 
+def listen():
+    "A job in the background of a shell ignores Ctrl-C, and its children inherit that"
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def notebook(path, source='', parameters=PARAMETERS):
     tagged = v4.new_code_cell(parameters, id='p', metadata=dict(tags=['parameters']))
     nb = v4.new_notebook(cells=[tagged, *(v4.new_code_cell(s, id=f'c{i}') for i, s in enumerate(source.split('\n---\n')))],
@@ -145,7 +150,7 @@ def test_failure_leaves_no_result_and_keeps_the_old(toy):
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGKILL])
 def test_killed_runner_leaves_no_result_and_no_kernel(toy, sig):
     notebook(toy/'toy.ipynb', 'import os, time\nopen("pid", "w").write(str(os.getpid()))\ntime.sleep(120)')
-    p = subprocess.Popen([sys.executable, '-c', 'from toksr.run import main; main()', 'toy.ipynb', 'out.ipynb'], cwd=toy, stdout=subprocess.PIPE,
+    p = subprocess.Popen([sys.executable, '-c', 'from toksr.run import main; main()', 'toy.ipynb', 'out.ipynb'], cwd=toy, preexec_fn=listen, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (toy/'pid').exists() and (toy/'pid').read_text(): break
