@@ -12,7 +12,7 @@ apt = command -v apt-get >/dev/null && { [ "$$(id -u)" = 0 ] || command -v sudo 
 	&& $$AS env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(1)
 
 .DEFAULT_GOAL := help
-.PHONY: help env data repro retrain test lab site sync hooks profile freeze clean
+.PHONY: help env data browser repro retrain test lab site sync hooks profile freeze clean
 
 help:               ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -44,7 +44,11 @@ retrain: $(OK) data ## rebuild everything from nothing, training included
 	rm -rf .ckpt          # a finished run would only be continued at its end
 	toksr-repro --force
 
-test: $(OK) data    ## the chapters' own tests, then the rest
+browser:            ## Chromium and its driver, for the test that votes on a page
+	@for p in chromium chromedriver; do command -v $$p >/dev/null && continue; \
+	$(call apt,chromium chromium-driver) || { echo 'no browser: install the packages chromium and chromium-driver' >&2; exit 1; }; done
+
+test: $(OK) data browser  ## the chapters' own tests, then the rest
 	OMP_NUM_THREADS=1 nbdev-test nbs/lib
 	OMP_NUM_THREADS=1 pytest -q
 
