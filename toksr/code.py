@@ -8,6 +8,7 @@ __all__ = ['PACKAGE', 'notebook_tree', 'modules', 'tree_hash', 'fingerprint', 'w
 # %% ../nbs/lib/92_code.ipynb #088ac8f3
 import ast
 import hashlib
+from functools import lru_cache
 from pathlib import Path
 from typing import Iterator
 
@@ -15,7 +16,7 @@ from .params import cells
 from .paths import ROOT
 from .record import write_text
 
-# %% ../nbs/lib/92_code.ipynb #4a913e5f
+# %% ../nbs/lib/92_code.ipynb #a118a7a4
 PACKAGE = 'toksr'
 
 def _imports(tree: ast.AST, here: str = '') -> Iterator[str]:
@@ -28,7 +29,7 @@ def _imports(tree: ast.AST, here: str = '') -> Iterator[str]:
         else: continue
         yield from (name for name in names if name.split('.')[0] == PACKAGE)
 
-# %% ../nbs/lib/92_code.ipynb #9330b741
+# %% ../nbs/lib/92_code.ipynb #1147eab0
 def notebook_tree(path: str | Path) -> ast.Module:
     "The syntax tree of a notebook's code cells; `ValueError` if one does not parse"
     from IPython.core.inputtransformer2 import TransformerManager
@@ -36,6 +37,12 @@ def notebook_tree(path: str | Path) -> ast.Module:
     python = TransformerManager().transform_cell
     try: return ast.Module([n for s in sources for n in ast.parse(python(s)).body], [])
     except SyntaxError as e: raise ValueError(f'{path}: {e.msg} in `{(e.text or "").strip()}`') from None
+
+@lru_cache(maxsize=None)
+def _read(source: str, name: str) -> tuple[ast.Module, tuple[str, ...]]:
+    "The tree of a module and what it imports: many studies share a module, so each is read once"
+    tree = ast.parse(source)
+    return tree, tuple(_imports(tree, name))
 
 def modules(tree: ast.AST, root: Path) -> dict[str, ast.Module]:
     "The package's modules (paths from `root`, sorted) that the code in `tree` needs, directly or not"
@@ -45,16 +52,17 @@ def modules(tree: ast.AST, root: Path) -> dict[str, ast.Module]:
         name = todo.pop()
         file = f'{name.replace(".", "/")}.py'
         if file in found or not (root/file).is_file(): continue
-        found[file] = ast.parse((root/file).read_text(encoding='utf-8'))
-        todo += _imports(found[file], name)
+        found[file], imports = _read((root/file).read_text(encoding='utf-8'), name)
+        todo += imports
     return dict(sorted(found.items()))
 
-# %% ../nbs/lib/92_code.ipynb #81c37ab4
+# %% ../nbs/lib/92_code.ipynb #6394aba4
 def _has_docstring(n: ast.AST) -> bool:
     body = getattr(n, 'body', None)
     return (isinstance(n, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)) and bool(body)
             and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, 'value', None), str))
 
+@lru_cache(maxsize=None)
 def tree_hash(tree: ast.Module) -> str:
     "A hash of what the code does: comments, layout and docstrings do not count"
     tree = ast.parse(ast.unparse(tree))
@@ -62,7 +70,7 @@ def tree_hash(tree: ast.Module) -> str:
         if _has_docstring(n): n.body = n.body[1:] or [ast.Pass()]
     return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()[:16]
 
-# %% ../nbs/lib/92_code.ipynb #704af0ad
+# %% ../nbs/lib/92_code.ipynb #5a34df28
 def fingerprint(notebook: str | Path, root: Path) -> str:
     "A line for the notebook (a path from `root`) and one for each module it needs"
     tree = notebook_tree(root/notebook)
