@@ -1,4 +1,5 @@
 "Recipes, the notebooks that spell them out, and the profiles that fill them in."
+import re
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -16,7 +17,7 @@ PROFILES = ['smoke', 'laptop', 'workstation', 'paper']
 def sections(profile):
     "(notebook, section, values) of every training stage"
     p = yaml.safe_load((ROOT/f'profiles/{profile}.yaml').read_text())
-    return [(nb, k, v) for k, v in p.items() for nb in NOTEBOOKS if k.startswith(nb)]
+    return [(nb, k, v) for k, v in p.items() for nb in NOTEBOOKS if re.fullmatch(rf'{nb}_(x\d+|textok_\w+)', k)]
 
 
 @pytest.mark.parametrize('nb', NOTEBOOKS)

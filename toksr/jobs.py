@@ -61,7 +61,7 @@ def read_plan(
         steps = plan_repro(graph, stages)
         order, names = [s.addressing for s in steps], {s: s.addressing for s in steps}
         up = {names[s]: {names[u] for u in graph.successors(s)} for s in steps}
-        if stale is None: stale = order if force else repo.status(targets=order)
+        if stale is None: stale = order if force else repo.status()     # all at once: asked by name, DVC takes a second for each
     return Plan(order, up, set(stale) & set(order))
 
 # %% ../nbs/lib/93_jobs.ipynb #8e7147ee
