@@ -213,4 +213,5 @@ def test_profiles_give_every_field(profile):
 def test_arms_of_a_comparison_are_trained_alike():
     p = yaml.safe_load((ROOT/'profiles/laptop.yaml').read_text())
     differ = {k for nb in NOTEBOOKS for s in p if s.startswith(f'{nb}_') for k in p[s]}
-    assert differ <= {'text_in', 'bottleneck', 'width', 'n_tokens', 'decoder_size'}
+    assert differ <= {'text_in', 'bottleneck', 'width', 'n_tokens', 'decoder_size', 'revive'}
+    assert all(p[s]['bottleneck'] == 'vq' for nb in NOTEBOOKS for s in p if s.startswith(f'{nb}_') and 'revive' in p[s])      # a codebook's setting: VAEs have none
