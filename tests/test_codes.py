@@ -9,7 +9,8 @@ from torch import nn
 from toksr.convnets import ConvConfig, ConvDecoder, ConvEncoder, levels
 from toksr.grid import build
 from toksr.guide import GuideConfig, GuideTokenizer, codebook_use, inject, shrink
-from toksr.guide_recipes import CodeLoss, CodeRecipe, CodeTask, GuideRecipe, balance, build_codes, load_codes, load_guide, save_codes
+from toksr.grid_recipes import save_grid
+from toksr.guide_recipes import CodeLoss, CodeRecipe, CodeTask, GuideRecipe, balance, build_codes, load_codes, load_guide
 from toksr.hub import WeightsError, save_weights
 from toksr.lfq import LFQ, entropies, index_to_signs, signs_to_index
 from toksr.losses import LossConfig
@@ -214,12 +215,12 @@ def test_balance_is_a_ratio_of_gradients():
 
 
 def test_files(tmp_path, family, guide):
-    file = save_codes(tmp_path/'a.safetensors', family['lfq'])
+    file = save_grid(tmp_path/'a.safetensors', family['lfq'])
     again = load_codes(file)
     assert again.config == family['lfq'].config and again.kind == 'lfq'
     with pytest.raises(WeightsError, match='expected a guide'): load_guide(file)
-    assert load_guide(save_codes(tmp_path/'g.safetensors', guide)).guide_px == 8
-    with pytest.raises(WeightsError, match='expected a tokenizer with codes'): load_codes(save_weights(tmp_path/'b.safetensors', nn.Linear(1, 1), {'kind': 'sr'}))
+    assert load_guide(save_grid(tmp_path/'g.safetensors', guide)).guide_px == 8
+    with pytest.raises(WeightsError, match='expected a grid'): load_codes(save_weights(tmp_path/'b.safetensors', nn.Linear(1, 1), {'kind': 'sr'}))
 
 
 # -- published weights ---------------------------------------------------------------------------------------------------------------------

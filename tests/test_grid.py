@@ -109,7 +109,7 @@ def test_gumbel_choices_follow_the_probabilities():
 
 
 def test_fsq_matches_the_reference():
-    "Values and indices of Cosmos' FSQ module (and of vector_quantize_pytorch.FSQ) for one token, worked out from its formula in double precision"
+    "Values and indices of Cosmos' FSQ module for one token, worked out from its formula in double precision"
     x = [.3, -.9, 2., .1, -.4, 1.1]
     levels, want, index, base = (8, 8, 8, 5, 5, 5), [], 0, 1
     for v, n in zip(x, levels):
@@ -119,6 +119,18 @@ def test_fsq_matches_the_reference():
     fsq = FSQ(levels)
     tokens = torch.tensor(x)[None, :, None, None]
     assert fsq(tokens)[0].flatten().tolist() == pytest.approx(want) and fsq.indices(tokens).item() == index
+
+
+@pytest.mark.parametrize('levels', [(8, 8, 8, 5, 5, 5), (5, 3), (4, 7, 3)])
+def test_fsq_matches_the_library(levels):
+    "Codes, their numbers, what a number stands for, and gradients are those of vector_quantize_pytorch"
+    from vector_quantize_pytorch import FSQ as Library
+    ours, theirs, tokens = FSQ(levels), Library(levels), tensor('fsq', (3, len(levels), 1, 50), -3, 3)
+    a, b = tokens.clone().requires_grad_(), tokens.clone().requires_grad_()
+    z, (want, numbers) = ours(a)[0], theirs(b[:, :, 0].mT)
+    (z * torch.arange(z.numel()).view_as(z)).sum().backward(); (want * torch.arange(z.numel()).view_as(z)).sum().backward()
+    assert torch.allclose(z, want, atol=1e-6) and torch.equal(ours.indices(tokens), numbers.long()) and torch.allclose(a.grad, b.grad, rtol=1e-4)
+    assert torch.allclose(ours.lookup(numbers.long()), theirs.indices_to_codes(numbers), atol=1e-6)
 
 
 def test_fsq_passes_gradients():

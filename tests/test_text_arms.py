@@ -16,9 +16,10 @@ from toksr.text import Text
 from toksr.text_arms import (ArmRecipe, ArmTokenizer, StartRecipe, build_arm, caption_variants, code_use, load_arm, object_masks, region_psnr, seed_effect, split_masks, start_from,
                              train_arm, verdict)
 from toksr.towers import TokenizerConfig
+from toksr.vq_arms import VQRecipe, train_vq
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = dict(train_arms=ArmRecipe, train_text_effect=ArmRecipe, train_initialisation=StartRecipe)
+NOTEBOOKS = dict(train_arms=ArmRecipe, train_vq_arms=VQRecipe, train_text_effect=ArmRecipe, train_initialisation=StartRecipe)
 
 
 def _text(n, width=8, length=5):
@@ -48,6 +49,18 @@ def test_every_arm_trains_saves_and_loads(tmp_path, text_in, bottleneck):
     assert z.shape == (2, 4, 4) and torch.equal(back.decode(z, split.text.index(slice(2))), load_arm(path).decode(z, split.text.index(slice(2))))
     assert torch.allclose(load_tokenizer(path).decode(z, split.text.index(slice(2))), back.decode(z, split.text.index(slice(2))), atol=1e-5)
     assert back.bits == (4 * 4 * 16 if bottleneck == 'kl' else 4 * 3)
+
+
+def test_the_weight_of_the_codebook_loss_decides_the_training_and_nothing_else(tmp_path):
+    "At weight 1 it is the arm of `train_arm`, bit for bit; at another it learns something else; the file is an arm's"
+    split = _split()
+    plain, _ = train_arm(ArmRecipe(bottleneck='vq', **TINY), split, root=tmp_path/'a')
+    one, _ = train_vq(VQRecipe(bottleneck='vq', vq=1., **TINY), split, tmp_path/'b')
+    less, _ = train_vq(VQRecipe(bottleneck='vq', vq=.03, **TINY), split, tmp_path/'c')
+    assert all(torch.equal(v, w) for v, w in zip(plain.state_dict().values(), one.state_dict().values()))
+    assert not all(torch.equal(v, w) for v, w in zip(one.state_dict().values(), less.state_dict().values()))
+    assert load_arm(save_tokenizer(tmp_path/'x.safetensors', less)).bits == less.bits
+    with pytest.raises(ValueError, match='bottleneck'): train_vq(VQRecipe(bottleneck='kl', **TINY), split)
 
 
 def test_gradients_reach_every_parameter():

@@ -511,7 +511,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      'toksr.guide_recipes.load_codes': ('lib/guide_recipes.html#load_codes', 'toksr/guide_recipes.py'),
                                      'toksr.guide_recipes.load_guide': ('lib/guide_recipes.html#load_guide', 'toksr/guide_recipes.py'),
                                      'toksr.guide_recipes.paint': ('lib/guide_recipes.html#paint', 'toksr/guide_recipes.py'),
-                                     'toksr.guide_recipes.save_codes': ('lib/guide_recipes.html#save_codes', 'toksr/guide_recipes.py'),
                                      'toksr.guide_recipes.train_codes': ('lib/guide_recipes.html#train_codes', 'toksr/guide_recipes.py')},
             'toksr.hub': { 'toksr.hub.Published': ('lib/hub.html#published', 'toksr/hub.py'),
                            'toksr.hub.WeightsError': ('lib/hub.html#weightserror', 'toksr/hub.py'),
@@ -563,6 +562,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                             'toksr.jobs._signal_group': ('lib/jobs.html#_signal_group', 'toksr/jobs.py'),
                             'toksr.jobs.lock_order': ('lib/jobs.html#lock_order', 'toksr/jobs.py'),
                             'toksr.jobs.main': ('lib/jobs.html#main', 'toksr/jobs.py'),
+                            'toksr.jobs.params_read_once': ('lib/jobs.html#params_read_once', 'toksr/jobs.py'),
                             'toksr.jobs.read_plan': ('lib/jobs.html#read_plan', 'toksr/jobs.py'),
                             'toksr.jobs.repro': ('lib/jobs.html#repro', 'toksr/jobs.py'),
                             'toksr.jobs.schedule': ('lib/jobs.html#schedule', 'toksr/jobs.py'),
@@ -1500,4 +1500,11 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'toksr.vision.lite0_file': ('lib/vision.html#lite0_file', 'toksr/vision.py'),
                               'toksr.vision.read_weights': ('lib/vision.html#read_weights', 'toksr/vision.py'),
                               'toksr.vision.resized': ('lib/vision.html#resized', 'toksr/vision.py'),
-                              'toksr.vision.unit': ('lib/vision.html#unit', 'toksr/vision.py')}}}
+                              'toksr.vision.unit': ('lib/vision.html#unit', 'toksr/vision.py')},
+            'toksr.vq_arms': { 'toksr.vq_arms.VQRecipe': ('lib/vq_arms.html#vqrecipe', 'toksr/vq_arms.py'),
+                               'toksr.vq_arms.WeightedTokenizer': ('lib/vq_arms.html#weightedtokenizer', 'toksr/vq_arms.py'),
+                               'toksr.vq_arms.WeightedTokenizer.__init__': ( 'lib/vq_arms.html#weightedtokenizer.__init__',
+                                                                             'toksr/vq_arms.py'),
+                               'toksr.vq_arms.WeightedTokenizer.forward': ( 'lib/vq_arms.html#weightedtokenizer.forward',
+                                                                            'toksr/vq_arms.py'),
+                               'toksr.vq_arms.train_vq': ('lib/vq_arms.html#train_vq', 'toksr/vq_arms.py')}}}

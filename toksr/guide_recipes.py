@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['balance', 'CodeLoss', 'CodeTask', 'CodeRecipe', 'GuideRecipe', 'distance_of', 'build_codes', 'criterion',
-           'train_codes', 'save_codes', 'load_codes', 'load_guide', 'paint', 'guide_targets']
+           'train_codes', 'load_codes', 'load_guide', 'paint', 'guide_targets']
 
 # %% ../nbs/lib/72_guide_recipes.ipynb #b7ee0038
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .grid import GridTokenizer, build
+from .grid_recipes import load_grid
 from .guide import GuideTokenizer
-from .hub import WeightsError, from_checkpoint, save_weights
+from .hub import WeightsError
 from .losses import Discriminator, LossConfig, TokenizerLoss, hinge_generator
 from .models import Split
 from .movq import CodeTokenizer
@@ -153,19 +154,11 @@ def train_codes(
     return tok.eval(), result
 
 # %% ../nbs/lib/72_guide_recipes.ipynb #2ceab744
-def save_codes(path: str | Path, tokenizer: CodeTokenizer, **more) -> Path:
-    "Write a tokenizer in float16 with the settings it is rebuilt from."
-    return save_weights(path, tokenizer, {'kind': 'grid', 'grid': tokenizer.kind, 'config': asdict(tokenizer.config)} | more, torch.float16)
-
 def load_codes(path: str | Path) -> CodeTokenizer:
     "Rebuild a tokenizer with codes, or a guide. `WeightsError` for a file of another kind."
-    def make(meta: dict) -> CodeTokenizer:
-        if meta.get('kind') != 'grid': raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a tokenizer with codes')
-        try: tok = build(meta['grid'], meta['config'])
-        except ValueError as e: raise WeightsError(f'{path}: {e}') from None
-        if not isinstance(tok, CodeTokenizer): raise WeightsError(f'{path}: holds a {meta["grid"]}, expected a tokenizer with codes; load it with toksr.grid_recipes.load_grid')
-        return tok
-    return from_checkpoint(path, make)
+    tok = load_grid(path)
+    if not isinstance(tok, CodeTokenizer): raise WeightsError(f'{path}: holds a {tok.kind}, expected a tokenizer with codes; load it with toksr.grid_recipes.load_grid')
+    return tok
 
 def load_guide(path: str | Path) -> GuideTokenizer:
     "Rebuild a guide. `WeightsError` for anything else."
