@@ -7,7 +7,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from toksr.claims import VERDICTS, Claim, Measure, judge, ledger, measured, read_claims
+from toksr.claims import MISSING, VERDICTS, Claim, Measure, NotMeasured, judge, ledger, measured, read_claims
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = read_claims(ROOT/'nbs/study/claims.yaml')
@@ -48,8 +48,12 @@ def test_numbers_come_from_csv_cells_lists_and_keys(tmp_path):
     assert get(source='x.json', pick={'key': '{split}/a'}, columns=('mean', 'lo', 'hi'), minus=1.) == (.5, 0, 1, 3)
     assert get(source='x.json', pick={'list': 'rows', 'where': {'k': 1}}) == (1, 0, 2, 5)
     assert get(source='x.json', pick={'key': ['deep', 'b']}) == (4, 3, 5, 2)
-    for bad, said in (({'pick': {'k': 2}}, 'expected one'), ({'pick': {'j': 1}}, 'no column'), ({'source': 'y.csv'}, 'dvc repro nowhere'), ({'source': 'x.json', 'pick': {'key': 'c'}}, "has no 'c'")):
-        with pytest.raises(ValueError, match=said): get(**bad)
+    for bad, said in (({'pick': {'k': 2}}, 'expected one'), ({'source': 'x.json', 'pick': {'key': 'c'}}, "has no 'c'"), ({'source': 'x.json', 'pick': {'list': 'rows', 'where': {'k': 2}}}, 'expected one')):
+        with pytest.raises(NotMeasured, match=said): get(**bad)
+        assert [*ledger([Claim(**BASE | dict(splits=('val',)) | bad)], tmp_path).verdict] == [MISSING]
+    for bad, said in (({'pick': {'j': 1}}, 'no column'), ({'source': 'y.csv'}, 'dvc repro nowhere')):
+        with pytest.raises(ValueError, match=said) as e: get(**bad)
+        assert not isinstance(e.value, NotMeasured)
 
 
 @pytest.mark.parametrize('text, said', [('a: 1', 'expected a list'), ('- {id: T-a, where: x, says: y, colour: red}', 'unknown fields'), ('- {id: T-a, where: x, says: y}', 'are needed'),

@@ -142,6 +142,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             'toksr.claims': { 'toksr.claims.Claim': ('lib/claims.html#claim', 'toksr/claims.py'),
                               'toksr.claims.Claim.__post_init__': ('lib/claims.html#claim.__post_init__', 'toksr/claims.py'),
                               'toksr.claims.Measure': ('lib/claims.html#measure', 'toksr/claims.py'),
+                              'toksr.claims.NotMeasured': ('lib/claims.html#notmeasured', 'toksr/claims.py'),
                               'toksr.claims._line': ('lib/claims.html#_line', 'toksr/claims.py'),
                               'toksr.claims.judge': ('lib/claims.html#judge', 'toksr/claims.py'),
                               'toksr.claims.ledger': ('lib/claims.html#ledger', 'toksr/claims.py'),
