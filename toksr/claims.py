@@ -113,10 +113,11 @@ def ledger(claims: list[Claim], reports: str | Path = 'reports') -> pd.DataFrame
     "A line for each claim; the verdict is that of the first split, and of the others where they differ. A line that the profile does not measure has `MISSING` for one."
     rows = []
     for c in claims:
-        m = {}
-        try: m |= {s: measured(c, s, reports) for s in c.splits} if not c.impossible else {}
-        except NotMeasured as e: rows.append(dict(id=c.id, where=c.where, says=c.says, statistic=c.statistic, expected=c.expect, val='', novel='', n='', seeds=c.seeds, verdict=MISSING, notebook=c.notebook)); print(e); continue
-        said = {s: judge(c, m.get(s)) for s in c.splits}
+        m, said = {}, dict.fromkeys(c.splits, MISSING)
+        try:
+            if not c.impossible: m = {s: measured(c, s, reports) for s in c.splits}
+            said = {s: judge(c, m.get(s)) for s in c.splits}
+        except NotMeasured as e: print(e)
         first = said[c.splits[0]]
         other = [f'{s}: {v}' for s, v in said.items() if v != first]
         show = lambda s: f'{m[s].effect:+.3g} [{m[s].lo:+.3g}, {m[s].hi:+.3g}]' if s in m else ''
