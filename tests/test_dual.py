@@ -77,7 +77,7 @@ def test_inversion_of_an_exact_model(steps, std, error):
 
 
 def test_one_step_is_the_formula():
-    "UPSTREAM 11, and diffusers' own scheduler given the noise"
+    "The formula, and diffusers' own scheduler given the noise"
     z, model = torch.randn(2, 3, 4, generator=G()), lambda x, t: .3 * x
     abar = SD.alphas_cumprod
     up, _ = mirrored(SD, 50)

@@ -162,7 +162,7 @@ def test_global_block_sees_all_and_window_block_its_window():
 
 
 def test_published_sizes_count_their_own_tokens():
-    "TokSR's Table 3 says 256 tokens for DALL-E and OmniTokenizer; at 256 pixels they make 1024 (UPSTREAM 12b, 19)"
+    "TokSR's Table 3 says 256 tokens for DALL-E and OmniTokenizer; at 256 pixels they make 1024"
     with torch.device('meta'): toks = {k: build(k, {}) for k in ('kl_f8', 'dalle', 'omni')} | {'di': build('cosmos', dict(levels=(8, 8, 8, 5, 5, 5))), 'ci': build('cosmos', dict(factor=8))}
     assert {k: t.n_tokens for k, t in toks.items()} == dict(kl_f8=1024, dalle=1024, omni=1024, di=256, ci=1024)
     assert KLf8Config().width == 4 and toks['di'].bits == pytest.approx(256 * math.log2(64_000)) and toks['dalle'].bits == 1024 * 13

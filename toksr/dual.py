@@ -176,7 +176,7 @@ class DualTokenizer:
 
     @torch.no_grad()
     def guide_picture(self, codes: Codes, size: int) -> Tensor:
-        "The guide, enlarged by bicubic interpolation to b 3 size size in [0,1] (UPSTREAM 12b.34)."
+        "The guide, enlarged by bicubic interpolation to b 3 size size in [0,1]."
         return enlarged(self.guide.decode_codes(codes.guide), size)
 
     @torch.no_grad()

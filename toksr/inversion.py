@@ -51,7 +51,7 @@ def ddim_invert(
     guidance: float = 1.,           # 1: the plain model, which is the only setting that is nearly invertible
     callback: Callable | None = None,   # (i, t, z_t) after each step
 ) -> Tensor:
-    "Climb from clean latents to noisy ones along the model's own path (UPSTREAM 11), float32."
+    "Climb from clean latents to noisy ones along the model's own path, float32."
     up, z = mirrored(schedule, steps)[0], z.float()
     for i, time in enumerate(up.timesteps.tolist()[:reached(steps, strength)]):
         t = torch.full((len(z),), time, device=z.device)                       # b

@@ -67,7 +67,7 @@ def lr_factor(step: int, cfg: TrainConfig) -> float:
     return cfg.final_lr + (1 - cfg.final_lr) * down
 
 # %% ../nbs/lib/60_optim.ipynb #f9867b30
-NO_DECAY = ('ln', 'bias', 'latent_tokens', 'mask_token', 'embedding', 'norm', 'gamma', 'embed')   # UPSTREAM 1.6
+NO_DECAY = ('ln', 'bias', 'latent_tokens', 'mask_token', 'embedding', 'norm', 'gamma', 'embed')   # as in the reference code
 
 def param_groups(net: nn.Module, cfg: TrainConfig) -> dict[tuple[bool, bool, float], list]:
     "Trainable parameters by (Muon?, decayed?, learning-rate factor). `ValueError` when a pattern of `lr_scale` matches nothing"
