@@ -148,7 +148,7 @@ def test_srresnet_config_errors(bad):
     with pytest.raises(ValueError): SRResNetConfig(**bad)
 
 
-class PixelLite0:
+class PixelLite0(torch.nn.Module):
     "A stand-in with Lite0's interface for the loss, so that the test needs no weights."
     strides = (2, 4, 8, 16)
     def stages(self, x, last=16): return [F.avg_pool2d(x, s) + .1 for s in self.strides]

@@ -6,6 +6,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import toksr.text
 
 from toksr.text import ClipText, ClipTextHF, MiniLM, Text, cached, cat, clean_captions, clip_ids, load_minilm
 
@@ -148,12 +149,25 @@ def test_text_errors():
 # cache
 
 class Counting:
-    name, version, calls = 'counting', '1', 0
+    name, version, calls, size = 'counting', '1', 0, 1
     def encode(self, captions):
         self.calls += 1
         t = text_of(max(len(captions), 1)); e = t.empty
         return Text(t.states[:len(captions)], t.pooled[:len(captions)], t.mask[:len(captions)], e)
 
+
+def test_a_cache_written_in_chunks_is_that_of_one_piece(tmp_path, monkeypatch):
+    minilm, captions = toksr.text.caption_encoder(), [f'A photo of {n} cats.' for n in range(7)]
+    whole = cached(minilm, captions, tmp_path/'a', torch.float16)
+    monkeypatch.setattr(toksr.text, 'CHUNK', 2*4*minilm.size)
+    parts = cached(minilm, captions, tmp_path/'b', torch.float16)
+    torch.testing.assert_close(parts.states, whole.states, atol=1e-3, rtol=1e-2)
+    assert torch.equal(parts.mask, whole.mask) and torch.allclose(parts.empty.states, whole.empty.states, atol=1e-3)
+    assert [f.stat().st_size for f in (tmp_path/'a').glob('*.npy')] == [f.stat().st_size for f in (tmp_path/'b').glob('*.npy')]
+
+def test_taken_rows_are_float32():
+    t = text_of(4).to(torch.float16)
+    assert t.take([1, 3]).states.dtype == torch.float32 and t.take(slice(1, 3)).mask.dtype == torch.bool and len(t.take(np.array([2]))) == 1
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16])
 def test_cache_hits_and_misses(tmp_path, dtype):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .hub import WeightsError, load_into, load_weights, save_weights
 from .models import Split
 from .recipes import Recipe, run
-from .tasks import batches, to_float
+from .tasks import batches, on_gpu, to_float
 from .text import Text
 from .train import FitResult, Task, seed_everything
 from .vision import Lite0
@@ -87,7 +87,7 @@ class AlignerTask(Task):
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
         "Symmetric cross-entropy over the batch."
-        a, b = (x[indices] + s * torch.randn(len(indices), x.shape[1], generator=generator) for x, s in zip((self.seen, self.read), self.spread))
+        a, b = ((x[indices] + s * torch.randn(len(indices), x.shape[1], generator=generator)).to(self.device) for x, s in zip((self.seen, self.read), self.spread))
         a, b = self.model.encode_image(a, normalize=True), self.model.encode_text(b, normalize=True)
         loss = self.criterion(a, b, self.model.logit_scale.exp())
         return loss, {'contrastive': loss.detach()}
@@ -95,7 +95,8 @@ class AlignerTask(Task):
 @torch.no_grad()
 def image_features(net: Lite0, images: np.ndarray) -> Tensor:
     "Lite0's pooled features n 1280 of byte images n h w 3."
-    return torch.cat([net.pooled(to_float(images[s])).float() for s in batches(len(images), 200)])
+    with on_gpu(net) as device:
+        return torch.cat([net.pooled(to_float(images[s]).to(device)).float().cpu() for s in batches(len(images), 200)])
 
 def train_aligner(recipe: AlignerRecipe, split: Split, root: Path | None = None) -> tuple[CustomTextCLIP, FitResult]:
     "Train the judge on captioned pictures; averaged weights come back."

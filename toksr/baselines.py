@@ -188,6 +188,7 @@ class UpscalerTask(Task):
     ):
         if perceptual > 0 and lite0 is None: raise ValueError('UpscalerTask: perceptual > 0 needs the network lite0')
         self.modules, self.images, self.lite0 = {'net': net}, images, lite0
+        self.companions = () if lite0 is None else (lite0,)
         self.perceptual, self.perceptual_from, self.precision = perceptual, perceptual_from, precision
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:

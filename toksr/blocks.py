@@ -30,8 +30,8 @@ def attend(
     bias: Tensor | None = None, # b 1 1 l, see `key_bias`
     attention: str = 'math', # one of ATTENTIONS
 ) -> Tensor: # b h m e
-    "Mix values by the softmax of scaled query-key products."
-    if attention == 'sdpa':
+    "Mix values by the softmax of scaled query-key products. `math` is faster on CPUs at these lengths; a GPU is always given `sdpa`."
+    if attention == 'sdpa' or q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     scores = (q * q.shape[-1]**-.5) @ k.transpose(-2, -1)     # b h m l
     if bias is not None: scores = scores + bias.to(scores.dtype)

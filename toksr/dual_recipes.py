@@ -69,11 +69,11 @@ class LatentTask(Task):
     ):
         if len(z) != len(text): raise ValueError(f'LatentTask: {len(z)} latents, but {len(text)} captions')
         if text.empty is None: raise ValueError('LatentTask: the captions carry no empty caption; guidance needs one')
-        self.model, self.z, self.text, self.drop, self.modules = model, z, text, drop, {'dit': model.dit}
+        self.model, self.z, self.text, self.drop, self.modules, self.companions = model, z, text, drop, {'dit': model.dit}, (model,)
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
         "Mean squared error of the prediction (L_simple)."
-        x, text = self.z[indices], self.text.index(indices)                         # b n d
+        x, text = self.z[indices].to(self.device), self.text.take(indices, self.device)      # b n d
         t, noise = sample_times(len(x), self.model.schedule, generator), torch.randn(x.shape, generator=generator)
         drops = dict(drop_text=draw_drops(len(x), generator, self.drop, 0.)['drop_text'])
         loss = diffusion_loss(self.model.dit, x, dict(text=text), t, noise, self.model.schedule, drops).mean()

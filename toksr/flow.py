@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 import torch
 from torch import Tensor
-from .diffusion import guided
+from .diffusion import guided, to_device
 
 # %% ../nbs/lib/44_flow.ipynb #237b5383
 def spread(t: Tensor, like: Tensor) -> Tensor:
@@ -44,7 +44,8 @@ def flow_loss(
     drops: dict[str, Tensor] | None = None,  # see `toksr.diffusion.draw_drops`
 ) -> Tensor:
     "Squared error of the velocity, one float32 number per picture (SD3 eq. 2). `ValueError` for an answer of another shape."
-    pred = model(on_line(x0, noise, t), 1000 * t, **cond, **(drops or {}))                       # b n d
+    t, noise, drops = to_device(x0.device, t, noise, drops)
+    pred = model(on_line(x0, noise, t), 1000 * t, **cond, **drops)                               # b n d
     if pred.shape != x0.shape: raise ValueError(f'the model answered {tuple(pred.shape)} to tokens of shape {tuple(x0.shape)}')
     return (pred.float() - (noise - x0).float()).square().flatten(1).mean(1)                     # b
 
@@ -99,7 +100,8 @@ def edm_loss(
     drops: dict[str, Tensor] | None = None,  # see `toksr.diffusion.draw_drops`
 ) -> Tensor:
     "Squared error of the denoised tokens, weighted so that every noise level counts alike: one float32 number per picture (EDM eq. 8)."
-    error = denoise(model, x0 + spread(sigma, x0) * noise, sigma, cond, **(drops or {})) - x0    # b n d
+    sigma, noise, drops = to_device(x0.device, sigma, noise, drops)
+    error = denoise(model, x0 + spread(sigma, x0) * noise, sigma, cond, **drops) - x0            # b n d
     return ((sigma**2 + 1) / sigma**2) * error.square().flatten(1).mean(1)                       # b
 
 # %% ../nbs/lib/44_flow.ipynb #8bffc4de

@@ -23,8 +23,8 @@ from .hub import WeightsError
 from .losses import Discriminator, LossConfig, TokenizerLoss, hinge_generator
 from .models import Split
 from .movq import CodeTokenizer
-from .recipes import Recipe, perceptual_distance, run
-from .tasks import TokenizerTask, batches, to_float
+from .recipes import Distance, Recipe, perceptual_distance, run
+from .tasks import TokenizerTask, batches, on_gpu, to_float
 from .train import FitResult, seed_everything
 from .vision import LpipsVGG
 
@@ -128,7 +128,9 @@ class GuideRecipe(CodeRecipe):
 # %% ../nbs/lib/72_guide_recipes.ipynb #ae462f86
 def distance_of(name: str):
     "A perceptual distance (a, b) -> b by name: those of `toksr.recipes`, or `lpips` alone, which needs downloaded weights."
-    return LpipsVGG().distance if name == 'lpips' else perceptual_distance(name)
+    if name != 'lpips': return perceptual_distance(name)
+    net = LpipsVGG()
+    return Distance(net.distance, net)
 
 def build_codes(recipe: CodeRecipe, px: int) -> CodeTokenizer:
     "A tokenizer before training, for pictures of `px` pixels."
@@ -169,9 +171,8 @@ def load_guide(path: str | Path) -> GuideTokenizer:
 @torch.no_grad()
 def paint(tokenizer, images: np.ndarray) -> Tensor:
     "Encode and decode byte pictures n h w 3: what comes out, n 3 g g, not clamped."
-    out = []
-    for s in batches(len(images)): out.append(tokenizer.decode(tokenizer.encode(to_float(images[s]))))
-    return torch.cat(out)
+    with on_gpu(tokenizer) as device:
+        return torch.cat([tokenizer.decode(tokenizer.encode(to_float(images[s]).to(device))).cpu() for s in batches(len(images))])
 
 @torch.no_grad()
 def guide_targets(tokenizer: GuideTokenizer, images: np.ndarray) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 import torch
 from torch import Tensor, nn
-from .degrade import back_project, upscale
+from .degrade import upscale
 from .diffusion import ddim_sample, diffusion_loss, make_schedule, sample_times
 from .dit import SIZES, DiTConfig, TokenDiT
 from .flow import SIGMA_MAX, edm_loss, edm_sigmas, euler_sample, flow_loss, flow_times, heun_sample
@@ -166,14 +166,6 @@ class RivalResolver(SuperResolver):
             case _: r = ddim_sample(self.dit, noise, cond, self.schedule, steps, guidance, noise_scale, ('text',))
         return self.finish(r, lr)
 
-    @torch.no_grad()
-    def upscale(self,
-        image: Tensor,             # b 3 h/k w/k in [0,1]
-        text: Text | None,         # captions
-        noise: Tensor,             # b n d, standard normal
-        consistency: int = 3,      # departure [0]: rounds of back-projection onto the input
-        **sampling,                # see `tokens`
-    ) -> Tensor:
-        "Super-resolve: b 3 h w in [0,1]."
-        out = self.decode(self.tokens(self.encode_lr(image, text), text, noise, image=image, **sampling), text)
-        return back_project(out, image, consistency) if consistency else out.clamp(0, 1)
+    def beside(self, image: Tensor) -> dict:
+        "Inf-DiT looks at the low-resolution picture itself."
+        return dict(image=image)

@@ -58,6 +58,7 @@ class Lite0Space(nn.Module):
     def raw(self, image: Tensor) -> Tensor:
         "Pooled features of pictures b 3 h w, which are enlarged to 64 px if they are smaller."
         if not self._net: self._net.append(Lite0())
+        self._net[0].to(image.device)
         k = -(-64 // image.shape[-1])
         return self._net[0].pooled(upscale(image, k) if k > 1 else image.float())   # b 1280
 
@@ -112,6 +113,7 @@ class ClipSpace(nn.Module):
     @torch.no_grad()
     def pictures(self, image: Tensor) -> Tensor:
         "Unit vectors of pictures b 3 h w in [0,1]."
+        self._net[0].to(image.device)
         x = F.interpolate(image.float(), size=(self.side, self.side), mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
         return F.normalize(self._net[0].encode_image((x - self.mean) / self.std).float(), dim=-1)
 

@@ -13,14 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from .degrade import downscale
-from .diffusion import draw_drops, picture_noise
+from .diffusion import draw_drops
 from .hub import WeightsError, load_into, load_weights, save_weights
 from .latent_sr import RivalConfig, RivalResolver
-from .models import Split, encode_all, load_tokenizer, states
+from .models import Split, encode_all, load_tokenizer, states, super_resolve
 from .pixels import QUALITY, PixelPatches
 from .recipes import Recipe, run
 from .record import sha256_file
-from .tasks import batches, to_float
+from .tasks import to_float
 from .text import Text
 from .train import FitResult, Task, seed_everything
 
@@ -54,14 +54,14 @@ class RivalTask(Task):
         for name, v in dict(first=first, drop=drop).items():
             if not 0 <= v <= 1: raise ValueError(f'{name}: expected a share from 0 to 1, got {v}')
         self.sr, self.images, self.text, self.first, self.drop, self.tables = sr, images, text, first, drop, tables
-        self.modules, self.autocast = {'dit': sr.dit}, True
+        self.modules, self.companions, self.autocast = {'dit': sr.dit}, (sr, sr.tokenizer), True
 
     @torch.no_grad()
     def pair(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Text | None]:
         "Sharp tokens, low-resolution tokens (b n d each), low-resolution pictures b 3 h/k w/k and captions."
-        x, text = to_float(self.images[indices]), None if self.text is None else self.text.index(indices)
+        x, text = to_float(self.images[indices]).to(self.device), None if self.text is None else self.text.take(indices, self.device)
         small = downscale(x, self.sr.config.factor)                                  # b 3 h/k w/k
-        if self.tables: return *(z[indices] for z in self.tables), small, text
+        if self.tables: return *(z[indices].to(self.device) for z in self.tables), small, text
         return self.sr.tokenizer.encode(x, text).float(), self.sr.encode_lr(small, text).float(), small, text
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
@@ -105,12 +105,12 @@ def build_rival(recipe: RivalRecipe, split: Split, tokenizer: nn.Module) -> Riva
     images, text = split.images[:recipe.fit_on], split.text.index(slice(0, recipe.fit_on))
     hr, lr = (encode_all(tokenizer, images, text, f, recipe.precision == 'bf16') for f in (0, recipe.factor))      # m n d
     if recipe.net != 'infdit': return sr.measure(hr, lr)
-    return sr.measure(hr, lr, downscale(to_float(images), recipe.factor), text, quality_text(split.text))
+    return sr.measure(hr, lr, downscale(to_float(images), recipe.factor), text, quality_text(split))
 
-def quality_text(like: Text) -> Text | None:
-    "`QUALITY` in the default encoder's terms; none for captions of another encoder (ClipSpace reads the sentences themselves)."
-    text = states(list(QUALITY))
-    return text if text.pooled.shape[-1] == like.pooled.shape[-1] else None
+def quality_text(like: Split) -> Text | None:
+    "`QUALITY` in the terms of a split's encoder; none if the split's captions were made up (ClipSpace reads the sentences themselves)."
+    text = states(list(QUALITY), like.encoder)
+    return text if text.pooled.shape[-1] == like.text.pooled.shape[-1] else None
 
 def train_rival(recipe: RivalRecipe, split: Split, tokenizer: nn.Module, root: Path | None = None) -> tuple[RivalResolver, FitResult]:
     "Measure the closed-form parts, train the transformer; averaged weights come back."
@@ -148,6 +148,5 @@ def resolve(
     consistency: int = 3,      # rounds of back-projection
     **sampling,                # steps, guidance, noise_scale, quality, see `RivalResolver.tokens`
 ) -> Tensor:
-    "Super-resolve all pictures: n 3 h w."
-    noise = picture_noise(range(len(lr)), (sr.tokenizer.n_tokens, sr.tokenizer.width), seed)
-    return torch.cat([sr.upscale(lr[s], text.index(s), noise[s], consistency, **sampling) for s in batches(len(lr), 50)])
+    "Super-resolve all pictures, half as many at a time as `super_resolve`: n 3 h w."
+    return super_resolve(sr, lr, text, seed, consistency, 50, **sampling)

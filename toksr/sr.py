@@ -124,6 +124,10 @@ class SuperResolver(nn.Module):
         x = self.tokenizer.decode(z, text)                                          # b 3 h w
         return self.retouch(x).float() if self.retouch else x
 
+    def beside(self, image: Tensor) -> dict:
+        "What `tokens` is told of a low-resolution picture b 3 h/k w/k beside its tokens: nothing here."
+        return {}
+
     @torch.no_grad()
     def tokens(self,
         lr: Tensor,                # b n d, from `encode_lr`
@@ -147,6 +151,5 @@ class SuperResolver(nn.Module):
         **sampling,                # see `tokens`
     ) -> Tensor:
         "Super-resolve: b 3 h w in [0,1]."
-        z = self.tokens(self.encode_lr(image, text), text, noise, **sampling)
-        out = self.decode(z, text)
+        out = self.decode(self.tokens(self.encode_lr(image, text), text, noise, **self.beside(image), **sampling), text)
         return back_project(out, image, consistency) if consistency else out.clamp(0, 1)

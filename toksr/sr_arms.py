@@ -25,7 +25,7 @@ from .recipes import Recipe, run
 from .record import sha256_file
 from .sr import SRConfig, SuperResolver
 from .stats import Interval
-from .tasks import batches, to_float
+from .tasks import batches, on_gpu, to_float
 from .text import Text
 from .train import FitResult, Task, seed_everything
 
@@ -76,6 +76,11 @@ class ArmResolver(SuperResolver):
         if not self._features: return super().encode_lr(image, text)
         return self._features[0](upscale(image, self.config.factor))
 
+    @property
+    def looking(self) -> tuple[nn.Module, ...]:
+        "The frozen network that looks at low-resolution images, if there is one."
+        return tuple(f.net for f in self._features)
+
     def told(self, lr: Tensor, text: Text) -> dict:
         "The transformer's conditions."
         return self.inputs(lr) | dict(text=text)
@@ -89,7 +94,8 @@ def conditions(
 ) -> Tensor:
     "What `sr` is told of all pictures, after they have been shrunk: n n_tokens d, or n f."
     if sr.config.conditioning == 'concat': return encode_all(sr.tokenizer, images, text, sr.config.factor, bf16)
-    return torch.cat([sr.encode_lr(downscale(to_float(images[s]), sr.config.factor)) for s in batches(len(images), 200)])
+    with on_gpu(sr, sr.tokenizer, *sr.looking) as device:
+        return torch.cat([sr.encode_lr(downscale(to_float(images[s]).to(device), sr.config.factor)).cpu() for s in batches(len(images), 200)])
 
 # %% ../nbs/lib/74_sr_arms.ipynb #0fd413e1
 class ArmTask(Task):
@@ -103,15 +109,15 @@ class ArmTask(Task):
         drop_lr: float = .15,      # probability of dropping the low-resolution picture
     ):
         self.sr, self.hr, self.lr, self.text, self.drops = sr, hr, lr, text, dict(text=drop_text, lr=drop_lr)
-        self.modules, self.autocast = {'dit': sr.dit}, True
+        self.modules, self.companions, self.autocast = {'dit': sr.dit}, (sr,), True
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
         "L_simple."
-        lr = self.lr[indices]
-        r = self.sr.residual(self.hr[indices], lr)                                  # b n d
+        lr = self.lr[indices].to(self.device)
+        r = self.sr.residual(self.hr[indices].to(self.device), lr)                  # b n d
         t, noise = sample_times(len(r), self.sr.schedule, generator), torch.randn(r.shape, generator=generator)
         drops = draw_drops(len(r), generator, **self.drops)
-        loss = diffusion_loss(self.sr.dit, r, self.sr.told(lr, self.text.index(indices)), t, noise, self.sr.schedule, drops).mean()
+        loss = diffusion_loss(self.sr.dit, r, self.sr.told(lr, self.text.take(indices, self.device)), t, noise, self.sr.schedule, drops).mean()
         return loss, {'latent': loss.detach()}
 
 # %% ../nbs/lib/74_sr_arms.ipynb #4b3955d1

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STARTS', 'ArmTokenizer', 'ArmRecipe', 'StartRecipe', 'build_arm', 'source_state', 'start_from', 'train_arm',
-           'load_arm', 'code_use', 'SeedEffect', 'seed_effect', 'verdict', 'wrong_text', 'caption_variants',
-           'object_masks', 'split_masks', 'region_psnr']
+           'train_from', 'load_arm', 'code_use', 'SeedEffect', 'seed_effect', 'verdict', 'wrong_text',
+           'caption_variants', 'object_masks', 'split_masks', 'region_psnr']
 
 # %% ../nbs/lib/77_text_arms.ipynb #9fc816b9
 import hashlib
@@ -27,7 +27,7 @@ from .paths import CKPT
 from .recipes import TokenizerRecipe, build_tokenizer, train_tokenizer
 from .scenes import SceneMaker, caption_of
 from .stats import Interval, paired_bootstrap
-from .tasks import batches, to_float
+from .tasks import batches, on_gpu, to_float
 from .text import Text
 from .tokenizer import Tokenizer
 from .towers import TokenizerConfig
@@ -111,10 +111,18 @@ def train_arm(
     seed_everything(recipe.seed)
     start = getattr(recipe, 'start', 'random')
     if start != 'random' and source is None: raise ValueError(f'source: start {start!r} needs the weights of a TA-TiTok, got none')
-    tok = start_from(build_arm(recipe, split), source or {}, start)
-    first = hashlib.sha256(b''.join(v.numpy().tobytes() for v in tok.state_dict().values())).hexdigest()[:12]
-    tok, result = train_tokenizer(recipe, split, tok, Path(root or CKPT())/first)
+    tok, result = train_from(start_from(build_arm(recipe, split), source or {}, start), recipe, split, root)
     return tok.requires_grad_(True), result
+
+def train_from(
+    tokenizer: ArmTokenizer,                 # as it starts
+    recipe: ArmRecipe,
+    split: Split,                            # training pictures
+    root: Path | None = None,                # of checkpoints
+) -> tuple[ArmTokenizer, FitResult]:
+    "Train a tokenizer from the weights it has; its checkpoints are those of this start."
+    first = hashlib.sha256(b''.join(v.numpy().tobytes() for v in tokenizer.state_dict().values())).hexdigest()[:12]
+    return train_tokenizer(recipe, split, tokenizer, Path(root or CKPT())/first)
 
 def load_arm(path: str | Path) -> ArmTokenizer:
     "Rebuild any tokenizer that `toksr.models.save_tokenizer` wrote. `WeightsError` for a file of another kind."
@@ -126,7 +134,8 @@ def load_arm(path: str | Path) -> ArmTokenizer:
 @torch.no_grad()
 def code_use(tokenizer: ArmTokenizer, split: Split) -> dict[str, float]:
     "Share of the codes that a split uses, their perplexity, and bits per picture if codes were stored as often as they come (entropy) and as plain numbers."
-    index = torch.cat([tokenizer.indices(to_float(split.images[s]), split.text.index(s)) for s in batches(len(split))])     # n n_tokens
+    with on_gpu(tokenizer) as device:
+        index = torch.cat([tokenizer.indices(to_float(split.images[s]).to(device), split.text.take(s, device)).cpu() for s in batches(len(split))])     # n n_tokens
     use = usage(index.flatten().bincount(minlength=tokenizer.config.codes))
     return use | {'bits': tokenizer.bits, 'bits_entropy': float(np.log2(use['perplexity']) * tokenizer.n_tokens)}
 
@@ -163,7 +172,7 @@ def verdict(effect: Interval, better: str = 'helps', worse: str = 'hurts') -> st
 # %% ../nbs/lib/77_text_arms.ipynb #324224ca
 def wrong_text(split: Split, seed: int = 0) -> Text:
     "For each picture the caption of another; in scenes, one that shares no object with it."
-    if split.objects: return states(wrong_captions(split, seed))
+    if split.objects: return states(wrong_captions(split, seed), split.encoder)
     order = np.random.default_rng(seed).permutation(len(split)); other = np.empty(len(split), int)
     other[order] = np.roll(order, 1)
     return split.text.index(other)
@@ -172,8 +181,8 @@ def caption_variants(split: Split, seed: int = 0) -> dict[str, Text]:
     "The same pictures with captions of several kinds. What a scene holds is known; without that (photographs of the world) no part can be left out."
     out = {'complete': split.text}
     if split.objects:
-        out['object missing'] = states(partial_captions(split))
-        out['background missing'] = states([caption_of(o, '') for o in split.objects])
+        out['object missing'] = states(partial_captions(split), split.encoder)
+        out['background missing'] = states([caption_of(o, '') for o in split.objects], split.encoder)
     return out | {'empty': split.text.empty_like(), 'wrong': wrong_text(split, seed)}
 
 # %% ../nbs/lib/77_text_arms.ipynb #fa3194c8

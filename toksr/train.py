@@ -68,6 +68,7 @@ class Task:
     "Subclass this: set `modules`, write `loss`"
     modules: dict[str, nn.Module] = {}         # trained by the first optimizer, averaged by the EMA
     second_modules: dict[str, nn.Module] = {}  # trained by the second one (a discriminator)
+    companions: tuple = ()                     # frozen modules that `loss` needs; like the others, they are on `device` while the run lasts
     autocast: bool = False                     # True: the loop runs `loss` under autocast (losses go back to float32 themselves)
     device: torch.device = torch.device('cpu')  # set by the loop
 
@@ -102,19 +103,32 @@ class Phase:
     def freeze(self, frozen: bool) -> None:
         for p in self.params.values(): p.requires_grad_(not frozen)
 
-    def update(self, loop: 'Loop') -> None:
-        "One optimizer step; callbacks see the gradients before the weights do."
+    def gradients(self, loop: 'Loop') -> dict[str, float] | None:
+        "Forward and backward over the batch, in `loop.micro` pieces whose gradients add up; the parts of the loss, or None if there is none yet."
         cfg, row = loop.cfg, {}
         self.opt.zero_grad()
-        for k, chunk in enumerate(np.array_split(loop.indices, min(cfg.micro, cfg.batch))):
+        for k, chunk in enumerate(np.array_split(loop.indices, min(loop.micro, cfg.batch))):
             torch.manual_seed(stream_seed(cfg.seed, loop.step, f'global{k}'))   # dropout and the like
             with loop.acc.autocast() if loop.task.autocast else nullcontext():
                 out = self.loss(loop.step, chunk, step_generator(cfg.seed, loop.step, f'task{k}'))
-            if out is None: return
+            if out is None: return None
             share = len(chunk) / cfg.batch
             loop.acc.backward(out[0].float() * share)
             for name, v in {'loss': out[0], **out[1]}.items():
                 row[self.prefix + name] = row.get(self.prefix + name, 0.) + float(v.detach() if isinstance(v, Tensor) else v) * share
+        return row
+
+    def update(self, loop: 'Loop') -> None:
+        "One optimizer step; callbacks see the gradients before the weights do. If the GPU's memory is short, batches are cut into more pieces from here on."
+        cfg = loop.cfg
+        while True:
+            try: row = self.gradients(loop); break
+            except torch.cuda.OutOfMemoryError:
+                if loop.micro >= cfg.batch: raise
+                loop.micro = min(2 * loop.micro, cfg.batch)
+            torch.cuda.empty_cache()                             # outside: the error holds on to what it failed with
+            print(f'step {loop.step + 1}: the GPU is too small for this batch; it is cut into {loop.micro} pieces', file=sys.stderr, flush=True)
+        if row is None: return
         loop.acc.unscale_gradients(self.prepared)
         row[self.prefix + 'grad'] = float(nn.utils.clip_grad_norm_(self.params.values(), cfg.clip or math.inf))
         loop.row.update(row); loop.phase = self
@@ -133,8 +147,9 @@ class Loop:
         self.phases = [Phase(task.modules, task.loss, cfg.lr, '', self)]
         if task.second_modules:
             self.phases.append(Phase(task.second_modules, task.second_loss, cfg.second_lr, 'second_', self))
+        for net in task.companions: net.to(task.device)
         self.ema = ema_model(self.phases[0].net, cfg.ema)
-        self.step, self.seconds, self.log, self.row, self.resumed_at = 0, 0., [], {}, 0
+        self.step, self.seconds, self.log, self.row, self.resumed_at, self.micro = 0, 0., [], {}, 0, cfg.micro
 
     def call(self, event: str) -> None:
         for c in self.callbacks: getattr(c, event, lambda loop: None)(self)
@@ -156,7 +171,7 @@ class Loop:
 # %% ../nbs/lib/63_train.ipynb #385377f1
 @dataclass
 class FitResult:
-    "What a run leaves behind; the task's modules hold the last weights themselves"
+    "What a run leaves behind; the task's modules, back on the CPU, hold the last weights themselves"
     ema_state: dict[str, dict[str, Tensor]]  # averaged weights and buffers, by module
     log: list[dict]                          # rows of step, lr, loss, its parts, gradient norm
     seconds: float                           # time in steps, over all the pieces of a run that was interrupted
@@ -177,7 +192,9 @@ def fit(
         while loop.step < cfg.steps: loop.advance()
         for phase in loop.phases: phase.freeze(False)
         loop.call('end')
-    finally: loop.call('close')
+    finally:
+        loop.call('close')
+        for net in (*task.modules.values(), *task.second_modules.values(), *task.companions): net.cpu()
     states = {k: {n: t.detach().cpu().clone() for n, t in m.state_dict().items()} for k, m in loop.ema.module.items()}
     return FitResult(states, loop.log, loop.seconds, loop.resumed_at)
 

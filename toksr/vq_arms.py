@@ -6,7 +6,6 @@
 __all__ = ['WeightedTokenizer', 'VQRecipe', 'train_vq']
 
 # %% ../nbs/lib/97_vq_arms.ipynb #90737a44
-import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,10 +13,8 @@ import torch
 from torch import Tensor
 
 from .models import Split
-from .paths import CKPT
-from .recipes import train_tokenizer
 from .text import Text
-from .text_arms import ArmRecipe, ArmTokenizer
+from .text_arms import ArmRecipe, ArmTokenizer, train_from
 from .towers import TokenizerConfig
 from .train import FitResult, seed_everything
 
@@ -55,5 +52,4 @@ def train_vq(
     if recipe.bottleneck != 'vq': raise ValueError(f"bottleneck: expected 'vq', got {recipe.bottleneck!r}; a VAE is trained by toksr.text_arms.train_arm")
     seed_everything(recipe.seed)
     tok = WeightedTokenizer(recipe.config(split.images.shape[1], split.text.states.shape[2], split.text.states.shape[1]), recipe.seed, recipe.vq)
-    first = hashlib.sha256(b''.join(v.numpy().tobytes() for v in tok.state_dict().values())).hexdigest()[:12]
-    return train_tokenizer(recipe, split, tok, Path(root or CKPT())/first)
+    return train_from(tok, recipe, split, root)
