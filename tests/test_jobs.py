@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from toksr.jobs import Plan, read_plan, schedule
+from toksr.jobs import Plan, at_once, read_plan, schedule, told_seconds
 
 PIPELINE = '''
 stages:
@@ -119,3 +119,25 @@ def test_random_graphs_run_in_order(jobs, seed):
     touched = stale | plan.below(stale)
     out = schedule(plan, start, wait, jobs)
     assert set(out.ran) == touched and not out.failed and not out.left
+
+
+def test_what_takes_long_elsewhere_is_started_first(toy):
+    (toy/'params.yaml').write_text('profile: tiny\n')
+    assert told_seconds(toy) == {}
+    (toy/'profiles').mkdir(); table = toy/'profiles/tiny.minutes.csv'
+    table.write_text('stage,minutes\nleft,2\nright,.5\n')
+    assert told_seconds(toy) == {'left': 120, 'right': 30}
+    plan = Plan(['right', 'left'], {'right': set(), 'left': set()}, {'right', 'left'})
+    first = []
+    schedule(plan, first.append, lambda: (first[-1], 0, True), 1, told_seconds(toy))
+    assert first == ['left', 'right']
+    table.write_text('stage,hours\nleft,2\n')
+    with pytest.raises(ValueError, match='expected columns stage and minutes'): told_seconds(toy)
+    r = repro(toy)
+    assert r.returncode and 'tiny.minutes.csv' in r.stderr and 'Traceback' not in r.stderr
+
+
+def test_a_profile_without_jobs_uses_the_cores(toy):
+    assert at_once(10**6) == 1 and at_once(gib=1e-6) == len(os.sched_getaffinity(0))
+    (toy/'params.yaml').write_text('profile: tiny\n')
+    assert repro(toy).stdout.splitlines()[-1].startswith('5 ran')

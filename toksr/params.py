@@ -155,9 +155,9 @@ class Profile:
     profile: str = 'laptop'     # its name
     pin_isa: bool = False       # whether all machines use the same vector instructions: slower, and the same bits
     threads: int = 1            # of one stage [1, 1024]
-    jobs: int = 1               # stages at a time [1, 256]
+    jobs: int = 0               # stages at a time [0, 256]; 0: as many as there are cores for
 
-_RUN_RANGES = dict(threads='[1, 1024]', jobs='[1, 256]')
+_RUN_RANGES = dict(threads='[1, 1024]', jobs='[0, 256]')
 
 def read_profile(path: str | Path) -> Profile:
     "The values at the top of a params file, checked; an absent file means the defaults"
