@@ -10,7 +10,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from toksr.degrade import downscale
 from toksr.diffusion import draw_drops, make_schedule
 from toksr.dual import Codes, DualTokenizer, LatentConfig, LatentDiffusion
-from toksr.dual_recipes import LatentRecipe, LatentTask, decode_codes, effects, encode_codes, load_latent, save_latent, score, take_codes, train_latent
+from toksr.dual_recipes import LatentRecipe, LatentTask, begin_codes, decode_codes, effects, encode_codes, load_latent, save_latent, score, take_codes, train_latent
 from toksr.grid import KLf8, KLf8Config
 from toksr.hub import WeightsError, save_weights
 from toksr.inversion import GaussianOracle, ddim_denoise, ddim_invert, mirrored
@@ -191,6 +191,15 @@ def test_pictures_do_not_depend_on_their_batch():
     for c in (codes, codes.only('semantic'), codes.only('guide')):
         assert torch.allclose(decode_codes(dual, c, size=7, steps=4, guidance=2.), decode_codes(dual, c, size=3, steps=4, guidance=2.), atol=1e-4)
     assert not torch.allclose(decode_codes(dual, codes.only('semantic'), seed=1, steps=4), decode_codes(dual, codes.only('semantic'), steps=4), atol=1e-3)
+
+
+@pytest.mark.parametrize('how', [dict(steps=4), dict(steps=10, strength=.5)])
+def test_one_inversion_serves_every_text(how):
+    dual = DualTokenizer(awake(latent()), Ragged(), Grey()); codes = dual.encode(IMAGES)
+    begun = begin_codes(dual, codes, size=3, **how)
+    for c, more in ((codes, dict(guidance=2.)), (codes.only('guide'), dict(guidance=1.)), (codes, dict(guidance=2., text=text(7)))):
+        assert torch.equal(decode_codes(dual, c, size=3, **how, **more), decode_codes(dual, c, size=3, begun=begun, **how, **more))
+    assert not torch.equal(decode_codes(dual, codes, begun=begun.flip(0), **how), decode_codes(dual, codes, **how))
 
 
 def test_semantic_codes_count_only_where_they_are_read():

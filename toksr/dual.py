@@ -180,6 +180,19 @@ class DualTokenizer:
         return enlarged(self.guide.decode_codes(codes.guide), size)
 
     @torch.no_grad()
+    def begin(self,
+        codes: Codes,                      # with guides
+        steps: int = 50,
+        strength: float = 1.,
+        start: str = 'inversion',
+        noise: Tensor | None = None,
+        size: int | None = None,
+    ) -> Tensor:
+        "Where denoising starts, b *latent; settings as in `decode`. It depends on the guide only, so several texts may start from one inversion."
+        model = self.diffusion if size is None else self.diffusion.at(size)
+        return begin(model, model.encode(self.guide_picture(codes, model.size)), steps, strength, start, noise)
+
+    @torch.no_grad()
     def decode(self,
         codes: Codes,                      # from `encode`; either stream may be None
         strength: float = 1.,              # how far up the chain the guide is inverted
@@ -191,14 +204,14 @@ class DualTokenizer:
         eta: float = 0.,                   # 0: eq. (10) without its residual noise
         generator: torch.Generator | None = None,   # draws the noise of eta > 0
         text: Text | None = None,          # to be read instead of what the semantic codes stand for
+        begun: Tensor | None = None,       # b *latent, what `begin` gives with the same settings
     ) -> Tensor: # b 3 size size in [0,1]
         "Make the pictures: guide -> enlarged -> latent -> inversion under the empty caption -> denoising under the semantic embeddings."
         n = check_codes(self, codes)
         model = self.diffusion if size is None else self.diffusion.at(size)
         if codes.guide is None: x, strength = needed(noise, n, model, 'codes without a guide'), 1.
         else:
-            z = model.encode(self.guide_picture(codes, model.size))            # b *latent
-            x = begin(model, z, steps, strength, start, noise)
+            x = self.begin(codes, steps, strength, start, noise, size) if begun is None else begun
         x = ddim_denoise(model, x, dict(text=self.text(codes, n) if text is None else text), model.schedule, steps, strength, guidance, eta, generator)
         return model.decode(x).float().clamp(0, 1)
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LatentRecipe', 'settings', 'LatentTask', 'train_latent', 'save_latent', 'load_latent', 'take_codes', 'encode_codes',
-           'decode_codes', 'score', 'effects', 'cells', 'verdict']
+           'begin_codes', 'decode_codes', 'score', 'effects', 'cells', 'verdict']
 
 # %% ../nbs/lib/85_dual_recipes.ipynb #9532a257
 from dataclasses import asdict, dataclass, field, fields
@@ -124,18 +124,29 @@ def _join(parts: tuple) -> Tensor | None:
     return torch.cat([F.pad(p, (0, longest - p.shape[1]), value=-1) for p in parts])
 
 @torch.no_grad()
+def begin_codes(
+    dual: DualTokenizer,
+    codes: Codes,              # of n pictures, with guides
+    size: int = 50,            # pictures at a time, as in `decode_codes`
+    **sampling,                # strength, steps, see `DualTokenizer.begin`
+) -> Tensor:
+    "The inverted guides of all codes, n *latent: where every decoding of these guides starts, whatever it reads."
+    return torch.cat([dual.begin(take_codes(codes, s), **sampling) for s in batches(len(codes.guide), size)])
+
+@torch.no_grad()
 def decode_codes(
     dual: DualTokenizer,
     codes: Codes,              # of n pictures
     seed: int = 0,             # of the noise, for those who need any
     size: int = 50,            # pictures at a time
     text: Text | None = None,  # n captions, to be read instead of the semantic codes
+    begun: Tensor | None = None,   # of `begin_codes`: saves the inversion
     **sampling,                # strength, steps, guidance, start, see `DualTokenizer.decode`
 ) -> Tensor:
     "Pictures n 3 h w of all codes."
     n = len(codes.guide if codes.semantic is None else codes.semantic)
     noise = picture_noise(range(n), dual.diffusion.latent_shape, seed)
-    return torch.cat([dual.decode(take_codes(codes, s), noise=noise[s], text=None if text is None else text.index(s), **sampling) for s in batches(n, size)])
+    return torch.cat([dual.decode(take_codes(codes, s), noise=noise[s], text=None if text is None else text.index(s), begun=None if begun is None else begun[s], **sampling) for s in batches(n, size)])
 
 # %% ../nbs/lib/85_dual_recipes.ipynb #54fa9902
 def score(
