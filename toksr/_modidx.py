@@ -1236,6 +1236,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                         'toksr.semantic_recipes.whole': ('lib/semantic_recipes.html#whole', 'toksr/semantic_recipes.py')},
             'toksr.site': { 'toksr.site.Page': ('lib/site.html#page', 'toksr/site.py'),
                             'toksr.site._exporter': ('lib/site.html#_exporter', 'toksr/site.py'),
+                            'toksr.site._kept': ('lib/site.html#_kept', 'toksr/site.py'),
                             'toksr.site._linked': ('lib/site.html#_linked', 'toksr/site.py'),
                             'toksr.site._shown': ('lib/site.html#_shown', 'toksr/site.py'),
                             'toksr.site._title': ('lib/site.html#_title', 'toksr/site.py'),

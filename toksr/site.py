@@ -75,6 +75,11 @@ def notebook_page(path: Path) -> Page:
     except Exception as e: raise ValueError(f'{path}: not a notebook ({type(e).__name__})') from None
     return Page(path.stem, _title(nb, path.stem), _exporter().from_notebook_node(_shown(nb))[0])
 
+def _kept(file: Path) -> Page | None:
+    "A page made before; None if it is not there or damaged"
+    try: return Page(**json.loads(file.read_text(encoding='utf-8')))
+    except (OSError, ValueError, TypeError): return None
+
 def notebook_pages(
     paths: list[Path],          # executed notebooks
     cache: Path | None = None,  # folder for pages made before; None: make all
@@ -86,9 +91,9 @@ def notebook_pages(
     for old in set(cache.glob('*.json'))-set(kept): old.unlink()
     pages = []
     for file, p in kept.items():
-        if not file.exists(): write_json(file, asdict(notebook_page(p)))
-        try: pages.append(Page(**json.loads(file.read_text(encoding='utf-8'))))
-        except (ValueError, TypeError): file.unlink(); pages.append(notebook_page(p))       # damaged
+        page = _kept(file)
+        if page is None: page = notebook_page(p); write_json(file, asdict(page))
+        pages.append(page)
     return pages
 
 # %% ../nbs/lib/95_site.ipynb #d8431278
