@@ -50,7 +50,7 @@ browser:            ## Chromium and its driver, for the test that votes on a pag
 
 test: $(OK) data browser  ## the chapters' own tests, then the rest
 	OMP_NUM_THREADS=1 nbdev-test nbs/lib
-	OMP_NUM_THREADS=1 pytest -q
+	OMP_NUM_THREADS=1 pytest -q -n auto --dist loadfile
 
 lab: $(OK)          ## JupyterLab that cleans notebooks on save
 	jupyter lab

@@ -2,6 +2,7 @@
 import filecmp
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,17 @@ def test_sources_have_no_outputs_and_proper_ends(path):
     assert not any(c.get('outputs') or c.get('execution_count') for c in nb['cells']), f'{path}: outputs belong in reports/; run make sync'
     assert nb['cells'][0]['cell_type'] == 'markdown' and ''.join(nb['cells'][0]['source']).startswith('# '), f'{path}: the first cell is the title'
     assert all(''.join(c['source']).strip() for c in nb['cells']), f'{path}: an empty cell'
+
+
+def test_the_index_lists_every_notebook():
+    "Each chapter and each study once, under its own title"
+    index = ROOT/'nbs/index.ipynb'
+    text = '\n'.join(''.join(c['source']) for c in json.loads(index.read_text(encoding='utf-8'))['cells'])
+    listed = re.findall(r'^\* \[(.+)\]\(((?:lib|study)/\w+\.ipynb)\)', text, re.M)
+    assert sorted(path for _, path in listed) == sorted(str(p.relative_to(ROOT/'nbs')) for p in NOTEBOOKS if p != index)
+    for title, path in listed:
+        own = ''.join(json.loads((ROOT/'nbs'/path).read_text(encoding='utf-8'))['cells'][0]['source']).splitlines()[0].removeprefix('# ')
+        assert title == (f'{Path(path).name[:2]} {own}' if path.startswith('lib/') else own), f'nbs/index.ipynb: {path} is called {own!r}'
 
 
 def test_saving_in_jupyterlab_cleans(monkeypatch):
