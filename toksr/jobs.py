@@ -69,9 +69,9 @@ def read_plan(
     stale: Iterable[str] | None = None,     # those that changed, if that is known; DVC is asked otherwise
 ) -> Plan:
     "The plan of the DVC project in `root`; DVC's own exceptions for a broken `dvc.yaml` or an unknown stage"
-    from dvc.repo import Repo
+    from dvc.repo import Repo, lock_repo
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
-    with chdir(root), params_read_once(), Repo(str(root)) as repo:     # DVC takes targets from the current folder
+    with chdir(root), params_read_once(), Repo(str(root)) as repo, lock_repo(repo):     # DVC takes targets from the current folder; under one lock, it reads its files once
         stages = collect_stages(repo, list(targets) or ['dvc.yaml'])
         graph = get_active_graph(repo.index.graph)
         steps = plan_repro(graph, stages)
