@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Plan', 'params_read_once', 'read_plan', 'urgency', 'Outcome', 'schedule', 'Crew', 'lock_order', 'sort_lock',
-           'at_once', 'told_seconds', 'repro', 'main']
+           'at_once', 'told_seconds', 'nursery', 'repro', 'main']
 
 # %% ../nbs/lib/93_jobs.ipynb #101f1c1e
 import argparse
@@ -20,11 +20,14 @@ import time
 from contextlib import chdir, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Callable, Iterable, Iterator
 
+from .kernels import SOCKET, start_nursery
 from .params import read_profile
 from .paths import ROOT, WORK
 from .record import write_json
+from .run import pinned_env
 
 # %% ../nbs/lib/93_jobs.ipynb #0f567009
 @dataclass(frozen=True)
@@ -131,8 +134,9 @@ _NOISE = 'To track the changes with git', '\tgit add', 'To enable auto staging',
 
 class Crew:
     "The stages that run now, as processes; lines they print go to `say`"
-    def __init__(self, root: Path, force: bool = False, say: Callable[[str], None] = print):
+    def __init__(self, root: Path, force: bool = False, say: Callable[[str], None] = print, nursery: str | None = None):
         self.root, self.force, self.say = root, force, say
+        self.env = os.environ | ({SOCKET: nursery} if nursery else {})
         self.running: dict[str, subprocess.Popen] = {}
         self.seconds: dict[str, float] = {}
         self._ended: queue.Queue = queue.Queue()
@@ -141,7 +145,7 @@ class Crew:
         "Begin a stage"
         dvc = [sys.executable, '-m', 'dvc', '--wait-for-lock', 'repro', '--single-item', name]
         if self.force: dvc += ['--force', '--no-run-cache']
-        p = subprocess.Popen(dvc, cwd=self.root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+        p = subprocess.Popen(dvc, cwd=self.root, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
                              encoding='utf-8', errors='replace', start_new_session=True)
         self.running[name] = p
         threading.Thread(target=self._follow, args=(name, p), daemon=True).start()
@@ -208,6 +212,16 @@ def told_seconds(root: Path) -> dict[str, float]:
     except (KeyError, TypeError, ValueError): raise ValueError(f'{path}: expected columns stage and minutes, a number in each row') from None
 
 # %% ../nbs/lib/93_jobs.ipynb #3b801f2d
+@contextmanager
+def nursery(root: Path) -> Iterator[str]:
+    "Within this block, kernels can be forked from a process that has imported torch; its socket"
+    with TemporaryDirectory(prefix='toksr-') as d:
+        p = start_nursery(f'{d}/nursery', pinned_env(read_profile(root/'params.yaml'), WORK()), root)
+        try: yield f'{d}/nursery'
+        finally:
+            p.stdin.close()
+            p.wait()
+
 def repro(
     root: Path,                                 # of the project
     jobs: int,                                  # stages at a time
@@ -217,15 +231,16 @@ def repro(
     say: Callable[[str], None] = print,         # gets the lines
 ) -> Outcome:
     "Bring results up to date as `dvc repro` does, `jobs` stages at a time; on Ctrl-C stop them and raise `KeyboardInterrupt`"
-    plan, before, times = read_plan(root, targets, force), lock_order(root), WORK()/'stage-seconds.json'
-    seconds = json.loads(times.read_text()) if times.exists() else {}
-    expected = told_seconds(root)|seconds
-    crew = Crew(root, force, say)
-    try: return schedule(plan, crew.start, crew.wait, jobs, expected, keep_going)
-    except BaseException: crew.stop(); raise
-    finally:
-        sort_lock(root, before, plan.order)
-        write_json(times, seconds | crew.seconds)
+    with nursery(root) as socket:           # it imports while DVC looks for what changed
+        plan, before, times = read_plan(root, targets, force), lock_order(root), WORK()/'stage-seconds.json'
+        seconds = json.loads(times.read_text()) if times.exists() else {}
+        expected = told_seconds(root)|seconds
+        crew = Crew(root, force, say, socket)
+        try: return schedule(plan, crew.start, crew.wait, jobs, expected, keep_going)
+        except BaseException: crew.stop(); raise
+        finally:
+            sort_lock(root, before, plan.order)
+            write_json(times, seconds | crew.seconds)
 
 # %% ../nbs/lib/93_jobs.ipynb #2c05f212
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -119,6 +119,9 @@ def execute(
     from papermill.engines import papermill_engines
     from traitlets.config import Config
     papermill_engines.register('toksr', _engine(env))
+    if os.environ.get('TOKSR_NURSERY'):
+        from toksr.kernels import use_nursery
+        use_nursery()
     _listen()
     part = WORK()/Path(out).name
     part.parent.mkdir(exist_ok=True)
