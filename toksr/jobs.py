@@ -213,14 +213,13 @@ def told_seconds(root: Path) -> dict[str, float]:
 
 # %% ../nbs/lib/93_jobs.ipynb #3b801f2d
 @contextmanager
-def nursery(root: Path) -> Iterator[str]:
-    "Within this block, kernels can be forked from a process that has imported torch; its socket"
+def nursery(root: Path) -> Iterator[str | None]:
+    "Within this block, kernels can be forked from a process that has imported torch: its socket. None where no stage runs a notebook"
+    if not (root/'dvc.yaml').exists() or 'toksr-run' not in (root/'dvc.yaml').read_text(encoding='utf-8'): yield None; return
     with TemporaryDirectory(prefix='toksr-') as d:
         p = start_nursery(f'{d}/nursery', pinned_env(read_profile(root/'params.yaml'), WORK()), root)
         try: yield f'{d}/nursery'
-        finally:
-            p.stdin.close()
-            p.wait()
+        finally: p.kill(); p.wait()         # no stage runs any more; it may be importing still
 
 def repro(
     root: Path,                                 # of the project
