@@ -855,6 +855,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                               'toksr.params._comments': ('lib/params.html#_comments', 'toksr/params.py'),
                               'toksr.params._inside': ('lib/params.html#_inside', 'toksr/params.py'),
                               'toksr.params._param': ('lib/params.html#_param', 'toksr/params.py'),
+                              'toksr.params._safe_yaml': ('lib/params.html#_safe_yaml', 'toksr/params.py'),
                               'toksr.params._typed': ('lib/params.html#_typed', 'toksr/params.py'),
                               'toksr.params.cells': ('lib/params.html#cells', 'toksr/params.py'),
                               'toksr.params.check': ('lib/params.html#check', 'toksr/params.py'),
