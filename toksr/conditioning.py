@@ -19,7 +19,7 @@ from .text import Text
 from .vision import DinoV2, Lite0
 
 # %% ../nbs/lib/42_conditioning.ipynb #c2b34af7
-ARM_SIZES = SIZES | {'d96x4': (96, 4, 4), 'd64x3': (64, 3, 4), 'd32x1': (32, 1, 2)}   # name: width, layers, heads; small enough to train many
+ARM_SIZES = SIZES | {'d64x3': (64, 3, 4), 'd32x1': (32, 1, 2)}   # name: width, layers, heads; small enough to train many
 ARM_CHOICES = dict(conditioning=('concat', 'cross'), positions=('shared', 'separate', 'interpolated'))
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from .text import Text
 # %% ../nbs/lib/41_dit.ipynb #89303a8a
 SIZES = {  # name: width, layers, heads
     'S': (384, 12, 6), 'B': (768, 12, 12), 'L': (1024, 24, 16), 'XL': (1152, 28, 16),  # DiT, Table 1
-    'd128x6': (128, 6, 4), 'd192x6': (192, 6, 6)}                                      # two CPU cores, minutes
+    'd96x4': (96, 4, 4), 'd128x6': (128, 6, 4), 'd192x6': (192, 6, 6)}                 # two CPU cores, minutes
 
 @dataclass(frozen=True)
 class DiTConfig:

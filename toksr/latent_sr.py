@@ -19,7 +19,7 @@ from .sr import SuperResolver
 from .text import Text
 
 # %% ../nbs/lib/52_latent_sr.ipynb #08c78762
-RIVAL_SIZES = SIZES | {'d64x2': (64, 2, 2), 'd96x4': (96, 4, 4), 'd128x4': (128, 4, 4), 'inf-dit': (1280, 28, 16), 'sd3-medium': (1536, 24, 24)}   # width, layers, heads
+RIVAL_SIZES = SIZES | {'d64x2': (64, 2, 2), 'd128x4': (128, 4, 4), 'inf-dit': (1280, 28, 16), 'sd3-medium': (1536, 24, 24)}   # width, layers, heads
 CHOICES = dict(net=('token', 'infdit'), objective=('diffusion', 'flow', 'edm'), conditioning=('concat', 'channels'), base=('none', 'token'),
                prediction=('epsilon', 'v', 'sample'), noise=('linear', 'cosine'), embedding=('lite0', 'clip'), dit=tuple(RIVAL_SIZES))
 
