@@ -23,7 +23,7 @@ def toy(tmp_path):
     nb = v4.new_notebook(cells=[v4.new_code_cell('n: int = 3  # how many [1, 9]', id='p', metadata=dict(tags=['parameters'])), v4.new_code_cell(SOURCE, id='a'), v4.new_code_cell("torch.ones(2)", id='b')],
                          metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
     (tmp_path/'toy.ipynb').write_text(json.dumps(nb))
-    (tmp_path/'params.yaml').write_text('profile: smoke\npin_isa: true\nthreads: 1\njobs: 1\n')
+    (tmp_path/'params.yaml').write_text('profile: smoke\npin_isa: false\nthreads: 1\njobs: 1\n')
     (tmp_path/'dvc.yaml').write_text('stages:\n  toy: {cmd: toksr-run toy.ipynb out.ipynb, deps: [toy.ipynb], outs: [out.ipynb: {cache: false}]}\n')
     subprocess.run([sys.executable, '-m', 'dvc', 'init', '-q', '--no-scm'], cwd=tmp_path, check=True, env=ENV)
     return tmp_path
