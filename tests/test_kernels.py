@@ -17,13 +17,16 @@ Path('parent').write_text(Path(f'/proc/{os.getppid()}/cmdline').read_text())
 Path('pid').write_text(str(os.getpid()))
 print(sorted({'b', 'a', 'c'}), hash('a') % 1000, torch.get_num_threads(), torch.randn(2, generator=torch.Generator().manual_seed(0)).tolist(), os.getcwd() == str(Path.cwd()))'''
 
+FIGURES = {'b': "torch.ones(2)", 'c': "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(); ax.plot([1, 3, 2]); plt.show()", 'd': "from toksr.plot import style\nstyle()\nfig, ax = plt.subplots(); ax.plot([1, 2]); fig",
+           'e': "import pandas as pd\npd.DataFrame(dict(a=[1.5, 2]))"}      # tensors, figures and tables as studies show them
+
 
 @pytest.fixture
 def toy(tmp_path):
-    nb = v4.new_notebook(cells=[v4.new_code_cell('n: int = 3  # how many [1, 9]', id='p', metadata=dict(tags=['parameters'])), v4.new_code_cell(SOURCE, id='a'), v4.new_code_cell("torch.ones(2)", id='b')],
+    nb = v4.new_notebook(cells=[v4.new_code_cell('n: int = 3  # how many [1, 9]', id='p', metadata=dict(tags=['parameters'])), v4.new_code_cell(SOURCE, id='a'), *(v4.new_code_cell(s, id=i) for i, s in FIGURES.items())],
                          metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')))
     (tmp_path/'toy.ipynb').write_text(json.dumps(nb))
-    (tmp_path/'params.yaml').write_text('profile: smoke\npin_isa: false\nthreads: 1\njobs: 1\n')
+    (tmp_path/'params.yaml').write_text('profile: smoke\npin_isa: true\nthreads: 1\njobs: 1\n')
     (tmp_path/'dvc.yaml').write_text('stages:\n  toy: {cmd: toksr-run toy.ipynb out.ipynb, deps: [toy.ipynb], outs: [out.ipynb: {cache: false}]}\n')
     subprocess.run([sys.executable, '-m', 'dvc', 'init', '-q', '--no-scm'], cwd=tmp_path, check=True, env=ENV)
     return tmp_path
@@ -36,6 +39,8 @@ def test_a_fork_gives_the_bytes_of_a_process_of_its_own(toy):
     subprocess.run(['dvc', 'repro', '-q', '--force'], cwd=toy, check=True, env=ENV, capture_output=True)
     assert 'toksr.kernels' not in (toy/'parent').read_text()
     assert (toy/'out.ipynb').read_bytes() == forked
+    shown = [o['data'] for c in json.loads(forked)['cells'] for o in c.get('outputs', []) if 'data' in o]
+    assert sum('image/png' in d for d in shown) == 2 and any('text/html' in d for d in shown)
 
 
 def test_a_notebook_that_fails_fails_the_stage(toy):

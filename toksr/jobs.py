@@ -215,7 +215,7 @@ def told_seconds(root: Path) -> dict[str, float]:
 @contextmanager
 def nursery(root: Path) -> Iterator[str | None]:
     "Within this block, kernels can be forked from a process that has imported torch: its socket. None where no stage runs a notebook"
-    if read_profile(root/'params.yaml').pin_isa or not (root/'dvc.yaml').exists() or 'toksr-run' not in (root/'dvc.yaml').read_text(encoding='utf-8'): yield None; return
+    if not (root/'dvc.yaml').exists() or 'toksr-run' not in (root/'dvc.yaml').read_text(encoding='utf-8'): yield None; return
     with TemporaryDirectory(prefix='toksr-') as d:
         p = start_nursery(f'{d}/nursery', pinned_env(read_profile(root/'params.yaml'), WORK()), root)
         try: yield f'{d}/nursery'

@@ -24,7 +24,7 @@ from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvision
 
 # %% ../nbs/lib/04_kernels.ipynb #aeaf187d
 PRELOAD = ('torch', 'torch._dynamo', 'torchvision', 'torch.optim.swa_utils', 'safetensors.torch', 'accelerate', 'diffusers', 'diffusers.models.embeddings', 'diffusers.models.autoencoders.vae', 'einops', 'scipy.stats', 'pandas', 'yaml', 'tqdm',
-           'PIL.Image', 'PIL.ImageCms', 'matplotlib.pyplot', 'seaborn', 'ipykernel.kernelapp', 'ipykernel.ipkernel', 'ipykernel.inprocess', 'matplotlib_inline.backend_inline', 'IPython.core.pylabtools')
+           'PIL.Image', 'PIL.ImageCms', 'matplotlib.figure', 'matplotlib.font_manager', 'matplotlib.backends.backend_agg', 'ipykernel.kernelapp', 'ipykernel.ipkernel')   # not pyplot: it looks for a shell
 ONCE = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'OPENBLAS_CORETYPE', 'MKL_CBWR', 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'CUBLAS_WORKSPACE_CONFIG', 'PYTHONHASHSEED',
         'PYTHONNOUSERSITE', 'PYTHONPATH', 'MPLCONFIGDIR', 'IPYTHONDIR', 'LD_PRELOAD', 'LD_LIBRARY_PATH')
 SOCKET = 'TOKSR_NURSERY'        # variable that says where the nursery listens
@@ -111,6 +111,7 @@ def main() -> None:
     "What the process of a nursery runs: import, then serve those who ask, and have asked meanwhile, at the listening socket whose number is its argument"
     del sys.path[0]                                              # the folder it was started in
     for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)     # a Ctrl-C is for the stages; this process ends with its input
+    os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')    # matplotlib reads it once; ipykernel sets it, but after the fork
     for name in PRELOAD: importlib.import_module(name)
     import torch
     if torch.cuda.is_available(): return                         # a GPU does not survive a fork
