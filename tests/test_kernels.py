@@ -18,7 +18,7 @@ Path('pid').write_text(str(os.getpid()))
 print(sorted({'b', 'a', 'c'}), hash('a') % 1000, torch.get_num_threads(), torch.randn(2, generator=torch.Generator().manual_seed(0)).tolist(), os.getcwd() == str(Path.cwd()))'''
 
 FIGURES = {'b': "torch.ones(2)", 'c': "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(); ax.plot([1, 3, 2]); plt.show()", 'd': "from toksr.plot import style\nstyle()\nfig, ax = plt.subplots(); ax.plot([1, 2]); fig",
-           'e': "import pandas as pd\npd.DataFrame(dict(a=[1.5, 2]))"}      # tensors, figures and tables as studies show them
+           'e': "import pandas as pd\npd.DataFrame({f'a column with a long name {i}': [1.5, 2] for i in range(30)})"}      # tensors, figures and tables as studies show them
 
 
 @pytest.fixture

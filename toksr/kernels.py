@@ -23,8 +23,8 @@ from typing import Any
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 # %% ../nbs/lib/04_kernels.ipynb #aeaf187d
-PRELOAD = ('torch', 'torch._dynamo', 'torchvision', 'torch.optim.swa_utils', 'safetensors.torch', 'accelerate', 'diffusers', 'diffusers.models.embeddings', 'diffusers.models.autoencoders.vae', 'einops', 'scipy.stats', 'pandas', 'yaml', 'tqdm',
-           'PIL.Image', 'PIL.ImageCms', 'matplotlib.figure', 'matplotlib.font_manager', 'matplotlib.backends.backend_agg', 'ipykernel.kernelapp', 'ipykernel.ipkernel')   # not pyplot: it looks for a shell
+PRELOAD = ('torch', 'torch._dynamo', 'torchvision', 'torch.optim.swa_utils', 'safetensors.torch', 'accelerate', 'diffusers', 'diffusers.models.embeddings', 'diffusers.models.autoencoders.vae', 'einops', 'scipy.stats', 'yaml', 'tqdm',
+           'PIL.Image', 'PIL.ImageCms', 'matplotlib.figure', 'matplotlib.font_manager', 'matplotlib.backends.backend_agg', 'ipykernel.kernelapp', 'ipykernel.ipkernel')   # not pyplot, not pandas: when imported, they look for a shell
 ONCE = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'OPENBLAS_CORETYPE', 'MKL_CBWR', 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'CUBLAS_WORKSPACE_CONFIG', 'PYTHONHASHSEED',
         'PYTHONNOUSERSITE', 'PYTHONPATH', 'MPLCONFIGDIR', 'IPYTHONDIR', 'LD_PRELOAD', 'LD_LIBRARY_PATH')
 SOCKET = 'TOKSR_NURSERY'        # variable that says where the nursery listens
@@ -35,7 +35,8 @@ def _become(argv: list[str], env: dict[str, str], folder: str, out: int, err: in
     code = 1
     try:
         os.setsid()
-        for s in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE): signal.signal(s, signal.default_int_handler if s == signal.SIGINT else signal.SIG_IGN if s == signal.SIGPIPE else signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         null = os.open(os.devnull, os.O_RDONLY)
         for a, b in ((null, 0), (out, 1), (err, 2)): os.dup2(a, b)
         os.closerange(3, 256)
@@ -173,9 +174,8 @@ def fork_kernel(
 class NurseryProvisioner(LocalProvisioner):
     "Kernels that are forks of the nursery where there is one, and processes of their own elsewhere"
     async def launch_kernel(self, cmd: list[str], **kw: Any) -> dict[str, Any]:
-        path, usual = os.environ.get(SOCKET), 'ipykernel_launcher' in cmd
-        env, folder = dict(kw.get('env') or os.environ), str(kw.get('cwd') or os.getcwd())
-        self.process = fork_kernel(path, cmd[cmd.index('ipykernel_launcher'):], env, folder) if path and usual else None
+        path, env, folder = os.environ.get(SOCKET), dict(kw.get('env') or os.environ), str(kw.get('cwd') or os.getcwd())
+        self.process = fork_kernel(path, cmd[cmd.index('ipykernel_launcher'):], env, folder) if path and 'ipykernel_launcher' in cmd else None
         if self.process is None: return await super().launch_kernel(cmd, **kw)
         self.pid = self.pgid = self.process.pid
         self.cwd = folder
@@ -185,7 +185,7 @@ def use_nursery() -> None:
     "From here on, Jupyter in this process starts kernels by `NurseryProvisioner`"
     name = 'toksr-nursery'
     KernelProvisionerFactory.provisioners[name] = EntryPoint(name, 'toksr.kernels:NurseryProvisioner', KernelProvisionerFactory.GROUP_NAME)
-    os.environ[KernelProvisionerFactory.default_provisioner_name_env] = name
+    KernelProvisionerFactory.instance().default_provisioner_name = name
 
 # %% ../nbs/lib/04_kernels.ipynb #d2062421
 def start_nursery(

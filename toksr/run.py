@@ -117,11 +117,10 @@ def execute(
     "Run a notebook; on an error raise papermill's, and leave the notebook up to there in `.work/`"
     import papermill as pm
     from papermill.engines import papermill_engines
+    from toksr.kernels import use_nursery
     from traitlets.config import Config
     papermill_engines.register('toksr', _engine(env))
-    if os.environ.get('TOKSR_NURSERY'):
-        from toksr.kernels import use_nursery
-        use_nursery()
+    use_nursery()
     _listen()
     part = WORK()/Path(out).name
     part.parent.mkdir(exist_ok=True)
