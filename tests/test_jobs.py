@@ -3,6 +3,7 @@ import os, signal, subprocess, sys, time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from toksr.jobs import Plan, at_once, read_plan, schedule, told_seconds
 
@@ -119,6 +120,32 @@ def test_random_graphs_run_in_order(jobs, seed):
     touched = stale | plan.below(stale)
     out = schedule(plan, start, wait, jobs)
     assert set(out.ran) == touched and not out.failed and not out.left
+
+
+def test_many_candidates_are_one_question():
+    "What reads from a stage that ran is asked about in one go if it is much, and then only what changed is started, and what reads from that"
+    few, lots = [f's{i}' for i in range(12)], ['first', *(f's{i}' for i in range(12)), 'last']
+    plan = Plan(lots, {'first': set(), **{s: {'first'} for s in few}, 'last': set(few)}, {'first'})
+    asked, crew = [], []
+    def changed(): assert not crew; asked.append(1); return {'s3', 'elsewhere'}
+    out = schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2, changed=changed)
+    assert out.ran == ['first', 's3', 'last'] and len(asked) == 1 and len(out.unchanged) == 11
+    out = schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2, changed=changed, many=13)
+    assert set(out.ran) == set(lots) and len(asked) == 1
+
+
+def test_an_edit_starts_what_it_changes_and_nothing_else(tmp_path):
+    "Twelve stages read from one that runs, and one of them from a part of it that became another"
+    cmd = 'mkdir -p parts && for i in 0 1 2 3 4 5 6 7 8 9 10 11; do grep "^$i " source > parts/$i; done'
+    one = {f's{i}': dict(cmd=f'cp parts/{i} out{i}', deps=[f'parts/{i}'], outs=[{f'out{i}': dict(cache=False)}]) for i in range(12)}
+    (tmp_path/'dvc.yaml').write_text(yaml.safe_dump(dict(stages=dict(split=dict(cmd=cmd, deps=['source'], outs=[{f'parts/{i}': dict(cache=False)} for i in range(12)]), **one))))
+    (tmp_path/'params.yaml').write_text('jobs: 2\n')
+    (tmp_path/'source').write_text(''.join(f'{i} a\n' for i in range(12)))
+    subprocess.run([sys.executable, '-m', 'dvc', 'init', '-q', '--no-scm'], cwd=tmp_path, check=True, env=ENV)
+    assert '13 ran' in repro(tmp_path).stdout
+    (tmp_path/'source').write_text((tmp_path/'source').read_text().replace('3 a', '3 b'))
+    said = repro(tmp_path).stdout
+    assert '2 ran, 11 unchanged' in said and "didn't change" not in said and (tmp_path/'out3').read_text() == '3 b\n', said
 
 
 def test_what_takes_long_elsewhere_is_started_first(toy):

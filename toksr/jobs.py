@@ -107,6 +107,8 @@ def schedule(
     jobs: int,                                          # at a time
     seconds: dict[str, float] = {},                     # what stages took the last time
     keep_going: bool = False,                           # after a failure go on with what does not need the failed stage
+    changed: Callable[[], set[str]] | None = None,      # asks what is out of date now; called only while no stage runs
+    many: int = 10,                                     # candidates from which on it is worth the question
 ) -> Outcome:
     "Run what has to run, `jobs` stages at a time"
     out, urgent = Outcome(), urgency(plan, seconds)
@@ -123,7 +125,9 @@ def schedule(
         if code: out.failed.append(name); continue
         settled.add(name)
         (out.ran if ran else out.unchanged).append(name)
-        if ran: dirty |= plan.dependents(name)
+        if not ran: continue
+        candidates = plan.dependents(name)-dirty
+        dirty |= candidates & changed() if changed and not running and len(candidates) >= many else candidates
     out.unchanged = [s for s in plan.order if s in settled and s not in out.ran]
     out.left = [s for s in plan.order if s in waiting and (s in dirty or s in plan.below(out.failed))]
     return out
@@ -235,7 +239,7 @@ def repro(
         seconds = json.loads(times.read_text()) if times.exists() else {}
         expected = told_seconds(root)|seconds
         crew = Crew(root, force, say, socket)
-        try: return schedule(plan, crew.start, crew.wait, jobs, expected, keep_going)
+        try: return schedule(plan, crew.start, crew.wait, jobs, expected, keep_going, lambda: read_plan(root, targets).stale)
         except BaseException: crew.stop(); raise
         finally:
             sort_lock(root, before, plan.order)
