@@ -132,6 +132,10 @@ def test_many_candidates_are_one_question():
     assert out.ran == ['first', 's3', 'last'] and len(asked) == 1 and len(out.unchanged) == 11
     out = schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2, changed=changed, many=13)
     assert set(out.ran) == set(lots) and len(asked) == 1
+    plan = Plan(lots, plan.up, set(lots))                       # what `first` writes was missing, so that DVC called all of them changed
+    out = schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2, changed=changed)
+    assert out.ran == ['first', 's3', 'last'] and len(asked) == 2 and len(out.unchanged) == 11
+    assert schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2).ran == lots
 
 
 def test_an_edit_starts_what_it_changes_and_nothing_else(tmp_path):
@@ -146,6 +150,10 @@ def test_an_edit_starts_what_it_changes_and_nothing_else(tmp_path):
     (tmp_path/'source').write_text((tmp_path/'source').read_text().replace('3 a', '3 b'))
     said = repro(tmp_path).stdout
     assert '2 ran, 11 unchanged' in said and "didn't change" not in said and (tmp_path/'out3').read_text() == '3 b\n', said
+    for part in (tmp_path/'parts').iterdir(): part.unlink()     # as in a new clone, where results are and what they were made from is not
+    said = repro(tmp_path).stdout
+    assert '1 ran, 12 unchanged' in said and "didn't change" not in said, said
+    assert '13 ran' in repro(tmp_path, '--force').stdout
 
 
 def test_what_takes_long_elsewhere_is_started_first(toy):

@@ -126,8 +126,8 @@ def schedule(
         settled.add(name)
         (out.ran if ran else out.unchanged).append(name)
         if not ran: continue
-        candidates = plan.dependents(name)-dirty
-        dirty |= candidates & changed() if changed and not running and len(candidates) >= many else candidates
+        reading = plan.dependents(name) & waiting
+        dirty = dirty-reading | reading & changed() if changed and not running and len(reading) >= many else dirty | reading
     out.unchanged = [s for s in plan.order if s in settled and s not in out.ran]
     out.left = [s for s in plan.order if s in waiting and (s in dirty or s in plan.below(out.failed))]
     return out
@@ -239,7 +239,7 @@ def repro(
         seconds = json.loads(times.read_text()) if times.exists() else {}
         expected = told_seconds(root)|seconds
         crew = Crew(root, force, say, socket)
-        try: return schedule(plan, crew.start, crew.wait, jobs, expected, keep_going, lambda: read_plan(root, targets).stale)
+        try: return schedule(plan, crew.start, crew.wait, jobs, expected, keep_going, None if force else lambda: read_plan(root, targets).stale)
         except BaseException: crew.stop(); raise
         finally:
             sort_lock(root, before, plan.order)
