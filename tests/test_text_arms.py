@@ -232,3 +232,10 @@ def test_arms_of_a_comparison_are_trained_alike():
         told, not_told = (p[f'train_text_effect_{k}_{size}'] for k in ('text', 'none'))
         assert set(told) == set(not_told) and {k for k in told if told[k] != not_told[k]} == {'text_in'}
     assert all(p[s]['bottleneck'] == 'vq' for nb in NOTEBOOKS for s in p if s.startswith(f'{nb}_') and 'revive' in p[s])      # a codebook's setting: VAEs have none
+
+
+@pytest.mark.parametrize('profile', ['laptop', 'workstation'])
+def test_tokenizers_on_a_line_and_on_a_grid_get_equal_steps(profile):
+    p = yaml.safe_load((ROOT/f'profiles/{profile}.yaml').read_text())
+    grids = [v for s, v in p.items() if s.startswith('train_grid_')]
+    assert len(grids) == 5 and len({(v['steps'], v['batch'], v['n_train'], v['seed']) for v in [p['train_arms'], p['train_vq_arms'], *grids]}) == 1
