@@ -76,4 +76,4 @@ freeze: $(OK)       ## write constraints.txt from this environment
 
 clean:              ## remove what repro makes again; keep the environment, weights and reports
 	rm -rf .work .ckpt dvc_plots
-	mkdir -p build && find build -mindepth 1 -maxdepth 1 ! -name code -exec rm -rf {} +
+	mkdir -p build && find build -mindepth 1 -maxdepth 1 ! -name code ! -name probes -exec rm -rf {} +
