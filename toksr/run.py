@@ -150,7 +150,8 @@ def main(argv: list[str] | None = None) -> None:
         values, profile = gather(a.notebook, a.section, a.words, file), read_profile(file)
     except (ValueError, OSError) as e: sys.exit(_refuse(e))
     from papermill.exceptions import PapermillExecutionError
-    try: execute(a.notebook, a.out, values, pinned_env(profile, WORK()))
+    env = pinned_env(profile, WORK()) | {'TOKSR_STUDY': Path(a.notebook).stem}       # whose checkpoints these are
+    try: execute(a.notebook, a.out, values, env)
     except PapermillExecutionError as e:
         print(f'{e}\n{a.notebook} failed; the notebook up to the error is {WORK()/Path(a.out).name}', file=sys.stderr)
         sys.exit(1)

@@ -22,7 +22,6 @@ from .hub import WeightsError, load_into, load_weights, save_weights
 from .lavit import LavitConfig, LavitTokenizer
 from .models import Split
 from .optim import TrainConfig
-from .recipes import source_hash
 from .semantic import SemanticConfig, SemanticTokenizer, cosine_loss
 from .tasks import batches, on_gpu, to_float
 from .text import Text
@@ -201,7 +200,7 @@ def stage(
 ) -> FitResult:
     "Train one stage; its modules get the averaged weights and are then left alone."
     for net in task.modules.values(): net.train()
-    folder = run_dir(asdict(recipe) | {'stage': name, 'code': source_hash()}, split.images, root=root)
+    folder = run_dir(asdict(recipe) | {'stage': name}, split.images, root=root)
     result = fit(task, recipe.train_config(steps), len(split), [StopOnNonFinite(), Log()], folder)
     for k, net in task.modules.items(): net.load_state_dict(result.ema_state[k]); net.eval()
     return result
