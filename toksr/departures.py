@@ -8,7 +8,7 @@ __all__ = ['TOKENIZER_ARMS', 'SR_ARMS', 'tokenizer_arms', 'sr_arms', 'the_arm']
 # %% ../nbs/lib/69_departures.ipynb #0d3dedb7
 from dataclasses import replace
 
-from .recipes import SRRecipe, TokenizerRecipe
+from .recipes import Recipe, SRRecipe, TokenizerRecipe
 
 # %% ../nbs/lib/69_departures.ipynb #b6b45924
 TOKENIZER_ARMS = dict(full='full recipe', linear='- linear path', head='- head', muon='- Muon (AdamW)', init='- initialisation (upstream)', mask='- padding mask', caption='- caption', paper='paper: none of them')
@@ -39,7 +39,7 @@ def sr_arms(
 def the_arm(
     arms: dict,             # of `tokenizer_arms` or `sr_arms`
     name: str,              # of one
-) -> TokenizerRecipe | SRRecipe:
+) -> Recipe:
     "One recipe; `ValueError` lists the names there are."
     if name not in arms: raise ValueError(f'arm: expected one of {", ".join(arms)}, got {name!r}')
     return arms[name]
