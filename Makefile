@@ -49,7 +49,7 @@ browser:            ## Chromium and its driver, for the test that votes on a pag
 	$(call apt,chromium chromium-driver) || { echo 'no browser: install the packages chromium and chromium-driver' >&2; exit 1; }; done
 
 test: $(OK) data browser  ## the chapters' own tests, then the rest
-	OMP_NUM_THREADS=1 nbdev-test nbs/lib
+	OMP_NUM_THREADS=1 nbdev-test nbs
 	OMP_NUM_THREADS=1 pytest -q -n auto --dist loadfile
 
 lab: $(OK)          ## JupyterLab that cleans notebooks on save

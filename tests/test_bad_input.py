@@ -10,15 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
-from toksr import profile, run
-from toksr.checkpoint import Checkpoint
-from toksr.hub import WeightsError, from_checkpoint, load_into, load_weights, save_weights, seal
-from toksr.images import BadImage, read_image
-from toksr.optim import TrainConfig
-from toksr.paths import stamps_dir
-from toksr.text import MiniLM
-from toksr.tokenizer import Tokenizer
-from toksr.towers import TokenizerConfig
+from toksr.pipeline import profiles as profile
+from toksr.pipeline import run
+from toksr.training.checkpoints import Checkpoint
+from toksr.core.weights import from_checkpoint, load_into, load_weights, save_weights, seal, WeightsError
+from toksr.data.images import BadImage, read_image
+from toksr.training.optimizers import TrainConfig
+from toksr.core.paths import stamps_dir
+from toksr.encoders.text import MiniLM
+from toksr.tokenizers.titok import Tokenizer
+from toksr.tokenizers.towers import TokenizerConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(image=32, patch=8, n_tokens=4, width=4, encoder='d32x1', decoder='d32x1', text_width=8, text_length=4)
@@ -165,7 +166,7 @@ def test_checkpoints_into_a_file(tmp_path):
     one_line(e)
 
 
-@pytest.mark.parametrize('command', [['toksr.profile', 'labtop'], ['toksr.run', 'nbs/study/gone.ipynb', 'out.ipynb'], ['toksr.run', 'README.md', 'out.ipynb']])
+@pytest.mark.parametrize('command', [['toksr.pipeline.profiles', 'labtop'], ['toksr.pipeline.run', 'nbs/study/gone.ipynb', 'out.ipynb'], ['toksr.pipeline.run', 'README.md', 'out.ipynb']])
 def test_command_lines_say_one_line(command):
     "Through the door itself: exit status 1 or 2, one line on stderr, no traceback"
     code = f'from {command[0]} import main; main({command[1:]!r})'

@@ -6,7 +6,9 @@ import time
 import numpy as np
 import pytest
 
-from toksr.ballot import agreement, ballot_id, make_ballot, page_text, preferences, read_votes, score, write_ballot
+from toksr.pipeline.ballot import (
+    agreement, ballot_id, make_ballot, page_text, preferences, read_votes, score, write_ballot,
+)
 
 METHODS = ('SEED-like', 'LaVIT-like', 'dual')
 

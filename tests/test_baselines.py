@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import toksr.baselines as B
-from toksr.baselines import (Baseline, Bicubic, FixedFactor, RealESRGAN, RRDBNet, SRResNet, SRResNetConfig, UpscalerTask, read_ncnn, x4plus_file)
-from toksr.degrade import downscale, lr_consistency, upscale
-from toksr.train import TrainConfig, fit
+import toksr.sr.baselines as B
+from toksr.sr.baselines import Baseline, Bicubic, FixedFactor, read_ncnn, RealESRGAN, RRDBNet, x4plus_file
+from toksr.sr.srresnet import SRResNet, SRResNetConfig, UpscalerTask
+from toksr.data.degradations import downscale, lr_consistency, upscale
+from toksr.training.loop import fit
+from toksr.training.optimizers import TrainConfig
 
 
 def randn(*shape, seed=0): return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))

@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.distributions import Normal, kl_divergence
 
-from toksr.bottleneck import KL, REVIVALS, VQ, anchors, nearest, usage
+from toksr.layers.bottlenecks import anchors, KL, nearest, REVIVALS, usage, VQ
 
 
 def gen(seed: int = 0) -> torch.Generator: return torch.Generator().manual_seed(seed)

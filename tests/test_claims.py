@@ -7,7 +7,7 @@ import pytest
 import yaml
 from dvc.repo import Repo
 
-from toksr.claims import MISSING, VERDICTS, Claim, Measure, NotMeasured, judge, ledger, measured, read_claims
+from toksr.pipeline.claims import Claim, judge, ledger, Measure, measured, MISSING, NotMeasured, read_claims, VERDICTS
 
 ROOT = Path(__file__).resolve().parents[1]
 CLAIMS = read_claims(ROOT/'nbs/study/claims.yaml')

@@ -3,7 +3,7 @@ import json
 
 import pytest
 
-from toksr.code import fingerprint, write_fingerprints
+from toksr.pipeline.fingerprints import fingerprint
 
 
 def nb(path, *cells):

@@ -6,17 +6,18 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import SpatialNorm
 from torch import nn
 
-from toksr.convnets import ConvConfig, ConvDecoder, ConvEncoder, levels
-from toksr.grid import build
-from toksr.guide import GuideConfig, GuideTokenizer, codebook_use, inject, shrink
-from toksr.grid_recipes import save_grid
-from toksr.guide_recipes import CodeLoss, CodeRecipe, CodeTask, GuideRecipe, balance, build_codes, load_codes, load_guide
-from toksr.hub import WeightsError, save_weights
-from toksr.lfq import LFQ, entropies, index_to_signs, signs_to_index
-from toksr.losses import LossConfig
-from toksr.movq import CodeConfig, MultichannelVQ, halved, interpolation
-from toksr.multiscale import SCALES, MultiScaleVQ
-from toksr.published_codes import PUBLISHED_CODES, from_compvis, from_published, from_var, load_published_codes
+from toksr.layers.convnets import ConvConfig, ConvDecoder, ConvEncoder, levels
+from toksr.tokenizers.grid import build
+from toksr.dual.guide import codebook_use, GuideConfig, GuideTokenizer, inject, shrink
+from toksr.tokenizers.grid_training import save_grid
+from toksr.dual.guide import GuideRecipe, load_guide
+from toksr.tokenizers.code_training import balance, build_codes, CodeLoss, CodeRecipe, CodeTask, load_codes
+from toksr.core.weights import save_weights, WeightsError
+from toksr.layers.bottlenecks import entropies, index_to_signs, LFQ, signs_to_index
+from toksr.training.losses import LossConfig
+from toksr.tokenizers.vqgan import CodeConfig, halved, interpolation, MultichannelVQ
+from toksr.layers.multiscale import MultiScaleVQ, SCALES
+from toksr.hub.codes import from_compvis, from_published, from_var, load_published_codes, PUBLISHED_CODES
 
 SMALL = dict(image=32, factor=8, base=32, times=(1, 2), layers=1, attention='middle', stem=4, latent=8, width=8, codes=32, scales=(1, 2, 3, 4))
 KINDS = ('vqgan', 'movq', 'var', 'lfq')
@@ -48,7 +49,7 @@ def test_codes_say_all(family, kind):
 
 def test_counts():
     "Tokens and bits of the published models, on the meta device"
-    from toksr.movq import VAR, VQGAN
+    from toksr.tokenizers.vqgan import VAR, VQGAN
     with torch.device('meta'):
         var, vqgan = VAR(CodeConfig(base=160, latent=32, width=32, codes=4096)), VQGAN(CodeConfig(codes=16384))
         guides = [GuideTokenizer(GuideConfig(factor=f)) for f in (16, 32, 64, 128)]

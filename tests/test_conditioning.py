@@ -8,16 +8,23 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from toksr.conditioning import ARM_SIZES, ConditionedConfig, DinoFeatures, build_dit, stretch
-from toksr.degrade import downscale
-from toksr.hub import WeightsError
-from toksr.models import Split, encode_all, save_tokenizer
-from toksr.recipes import take
-from toksr.sr_arms import ArmConfig, ArmRecipe, ArmResolver, ArmTask, conditions, held_out_loss, load_arms, over_seeds, save_arms, train_arms
-from toksr.text import Text
-from toksr.tokenizer import PCATokenizer, Tokenizer
-from toksr.towers import TokenizerConfig
-from toksr.train import step_generator
+from toksr.encoders.vision import DinoFeatures
+from toksr.sr.conditioning import build_dit, ConditionedConfig, stretch, VARIANT_SIZES
+from toksr.data.degradations import downscale
+from toksr.core.weights import WeightsError
+from toksr.tokenizers.running import encode_all
+from toksr.tokenizers.titok import save_tokenizer
+from toksr.training.splits import Split
+from toksr.training.recipes import take
+from toksr.metrics.effects import over_seeds
+from toksr.sr.variants import (
+    conditions, held_out_loss, load_variants, save_variants, SRVariantConfig, SRVariantRecipe, SRVariantTask,
+    train_variants, VariantResolver,
+)
+from toksr.encoders.text import Text
+from toksr.tokenizers.titok import PCATokenizer, Tokenizer
+from toksr.tokenizers.towers import TokenizerConfig
+from toksr.training.loop import step_generator
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = dict(concat=dict(), separate=dict(positions='separate'), interpolated=dict(positions='interpolated'), cross=dict(conditioning='cross'))
@@ -69,7 +76,7 @@ def test_drops_are_independent():
 
 
 def test_cross_attention_reads_exactly_three_tokens():
-    from toksr.dit import attention_maps
+    from toksr.layers.dit import attention_maps
     m, (x, t, text, lr) = random_dit(conditioning='cross'), inputs('cross')
     maps = attention_maps(m, x, t, 'cross', text=text, lr=lr)
     assert maps[0].shape[-2:] == (6, 3) and torch.allclose(maps[0].sum(-1), torch.ones_like(maps[0].sum(-1)), atol=1e-5)
@@ -108,7 +115,7 @@ def test_paper_size_on_meta():
         concat, cross = (build_dit(ConditionedConfig.named('B', text_dim=768, features=(768, 768), conditioning=k)) for k in ('concat', 'cross'))
         assert cross(torch.zeros(2, 32, 16), torch.zeros(2, dtype=torch.long), Text(torch.zeros(2, 77, 768), torch.zeros(2, 768)), torch.zeros(2, 1536)).shape == (2, 32, 16)
     count = lambda m: sum(p.numel() for p in m.parameters())
-    assert ARM_SIZES['B'] == (768, 12, 12) and count(cross) - count(concat) == 2 * (768 * 768 + 768)
+    assert VARIANT_SIZES['B'] == (768, 12, 12) and count(cross) - count(concat) == 2 * (768 * 768 + 768)
 
 
 def test_dinov2_gives_two_vectors(tmp_path):
@@ -150,7 +157,7 @@ def test_arms_survive_the_file_and_know_their_tokenizer(toy, tmp_path):
     split, _ = toy
     tok = Tokenizer(TokenizerConfig(image=64, patch=32, n_tokens=4, width=4, encoder='d64x2', decoder='d64x2', text_in='none'))
     save_tokenizer(tmp_path/'a.safetensors', tok)
-    from toksr.models import load_tokenizer
+    from toksr.tokenizers.titok import load_tokenizer
     tok = load_tokenizer(tmp_path/'a.safetensors')
     recipe = ArmRecipe(steps=2, batch=4, dit='d32x1', precision='no', warmup=1, conditioning='concat', positions='separate')
     runs = {s: sr for s, (sr, _) in train_arms(recipe, [0, 3], split, tok, tmp_path/'ckpt').items()}
@@ -182,7 +189,7 @@ def test_over_seeds_is_students_interval():
 
 
 def test_the_recipe_is_spelled_out_and_has_no_dead_fields():
-    from toksr.params import declared
+    from toksr.pipeline.params import declared
     names = {f.name for f in fields(ArmRecipe)}
     assert not names & {'perceptual', 'perceptual_net', 'perceptual_start', 'image', 'base'}
     assert names - {'seed'} <= set(declared(ROOT/'nbs/study/train_sr_arms.ipynb')) and {'drop_text', 'drop_lr', 'conditioning', 'positions'} <= names

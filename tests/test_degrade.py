@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from toksr.degrade import back_project, downscale, lr_consistency, upscale
+from toksr.data.degradations import back_project, downscale, lr_consistency, upscale
 
 rng = np.random.default_rng(0)
 

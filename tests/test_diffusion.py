@@ -5,8 +5,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
-from toksr.diffusion import (KINDS, PREDICTIONS, alpha_sigma, ddim_sample, ddpm_sample, diffusion_loss, draw_drops, guided, make_schedule,
-                             picture_noise, sample_times, step_times, target, to_eps, to_x0)
+from toksr.diffusion.schedules import (
+    alpha_sigma, ddim_sample, ddpm_sample, diffusion_loss, draw_drops, guided, KINDS, make_schedule,
+    picture_noise, PREDICTIONS, sample_times, step_times, target, to_eps, to_x0,
+)
 
 PAIRS = [(k, p) for k in KINDS for p in PREDICTIONS]
 

@@ -1,5 +1,6 @@
 "dvc.yaml says what the notebooks do, parameters arrive in them, and the committed results are those of the committed sources."
 import ast
+import hashlib
 import json
 import re
 import shlex
@@ -12,8 +13,9 @@ import pytest
 import yaml
 from papermill.parameterize import parameterize_notebook
 
-from toksr import params
-from toksr.code import fingerprint
+from toksr.pipeline import params
+from toksr.pipeline.fingerprints import fingerprints
+from toksr.pipeline.probes import Behaviour, read_probes
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted((ROOT/'nbs/study').glob('*.ipynb'))
@@ -115,9 +117,9 @@ def test_every_study_has_a_stage():
     assert {_call(s)[0] for s in RUNS} == {str(p.relative_to(ROOT)) for p in STUDIES}
 
 
-def test_code_stage_lists_every_study():
-    outs = {o.def_path for s in STAGES if s.addressing == 'code' for o in s.outs}
-    assert outs == {f'build/code/{p.stem}.txt' for p in STUDIES}
+def test_code_stage_writes_what_every_study_depends_on():
+    assert {p.stem for p in (ROOT/'build/code').iterdir()} == {p.stem for p in STUDIES}
+    assert {p.stem for p in (ROOT/'build/probes').iterdir()} == {p.stem for p in STUDIES if p.stem.startswith('train_')}
 
 
 def test_lock_has_no_dead_stages():
@@ -157,10 +159,23 @@ def test_every_parameter_says_what_it_is(notebook):
 # -- results ----------------------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope='module')
+def prints(): return fingerprints(ROOT)
+
+
+@pytest.fixture(scope='module')
+def probes(): return read_probes(ROOT)
+
+
 @pytest.mark.parametrize('notebook', STUDIES, ids=lambda p: p.stem)
-def test_fingerprint_is_current(notebook):
-    name = str(notebook.relative_to(ROOT))
-    assert (ROOT/'build/code'/f'{notebook.stem}.txt').read_text() == fingerprint(name, ROOT), 'run `dvc repro`'
+def test_fingerprint_is_current(notebook, prints, probes):
+    "Analyses: the code is the noted one. Training: the behaviour was looked at with this code, and is the noted one"
+    study, noted = notebook.stem, (ROOT/'build/code'/f'{notebook.stem}.txt').read_text()
+    if study not in probes: assert noted == prints[study], 'run `dvc repro`'
+    else:
+        known = Behaviour.read(ROOT/f'build/probes/{study}.json')
+        assert known.code == hashlib.sha256(prints[study].encode()).hexdigest()[:16], 'run `dvc repro`'
+        assert noted.split()[0] == known.name and {n: r['values'] for n, r in known.runs.items()} == {n: p.values for n, p in probes[study].items()}
 
 
 def test_results_are_current():

@@ -5,22 +5,28 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import toksr.cosmos
-import toksr.omni
-from toksr.alignment import AlignerRecipe, train_aligner
-from toksr.degrade import downscale
-from toksr.dual_recipes import LatentRecipe, train_latent
-from toksr.grid_recipes import GridRecipe, train_grid
-from toksr.guide_recipes import CodeRecipe, GuideRecipe, paint, train_codes
-from toksr.models import Split, encode_all, reconstruct, super_resolve
-from toksr.recipes import SRRecipe, TokenizerRecipe, UpscalerRecipe, train_sr, train_tokenizer, train_upscaler
-from toksr.rivals import RivalRecipe, load_space, resolve, train_rival
-from toksr.semantic_recipes import SemanticRecipe, answers_of, encode_images, train_semantic
-from toksr.sr_arms import ArmRecipe, conditions, train_arms
-from toksr.tasks import home, on_gpu, to_float
-from toksr.text import Text
-from toksr.text_arms import ArmRecipe as TextArmRecipe, code_use, train_arm
-from toksr.vq_arms import VQRecipe, train_vq
+import toksr.tokenizers.cosmos
+import toksr.tokenizers.omni
+from toksr.metrics.alignment import AlignerRecipe, train_aligner
+from toksr.data.degradations import downscale
+from toksr.dual.diffusion_training import LatentRecipe, train_latent
+from toksr.tokenizers.grid_training import GridRecipe, train_grid
+from toksr.dual.guide import GuideRecipe
+from toksr.tokenizers.code_training import CodeRecipe, paint, train_codes
+from toksr.sr.training import super_resolve
+from toksr.tokenizers.running import encode_all, reconstruct
+from toksr.training.splits import Split
+from toksr.sr.srresnet import train_upscaler, UpscalerRecipe
+from toksr.sr.training import SRRecipe, train_sr
+from toksr.tokenizers.training import TokenizerRecipe, train_tokenizer
+from toksr.sr.latent_training import BaselineRecipe, load_space, resolve, train_baseline
+from toksr.dual.semantic_training import answers_of, encode_images, SemanticRecipe, train_semantic
+from toksr.sr.variants import conditions, SRVariantRecipe, train_variants
+from toksr.data.images import to_float
+from toksr.training.splits import home, on_gpu
+from toksr.encoders.text import Text
+from toksr.tokenizers.variants import code_use, train_variant, VariantRecipe as TextArmRecipe
+from toksr.tokenizers.variants import train_vq, VQRecipe
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 CPU, SHORT = torch.device('cpu'), dict(steps=3, batch=4, warmup=1)
@@ -71,14 +77,14 @@ def test_upscaler(split, tmp_path): sane(train_upscaler(UpscalerRecipe(**SHORT, 
 
 @pytest.mark.parametrize('kind', ['concat', 'cross'])
 def test_arms(tok, split, tmp_path, kind):
-    sr, _ = train_arms(ArmRecipe(conditioning=kind, dit='d32x1', **PLAIN), [0], split, tok, tmp_path)[0]
+    sr, _ = train_variants(SRVariantRecipe(conditioning=kind, dit='d32x1', **PLAIN), [0], split, tok, tmp_path)[0]
     sane(sr, conditions(sr, split.images, split.text))
 
 
 @pytest.mark.parametrize('kind', ['flow', 'infdit'])
 def test_rivals(tok, split, tmp_path, kind):
     how = dict(objective='flow', pretokenise=True) if kind == 'flow' else dict(net='infdit', objective='edm', captions=False, drop=0.)
-    sr, _ = train_rival(RivalRecipe(**PLAIN, dit='d64x2', fit_on=64, **how), split, tok if kind == 'flow' else load_space('pixels', '', 64, 8), tmp_path)
+    sr, _ = train_baseline(BaselineRecipe(**PLAIN, dit='d64x2', fit_on=64, **how), split, tok if kind == 'flow' else load_space('pixels', '', 64, 8), tmp_path)
     sane(sr, resolve(sr, downscale(to_float(split.images[:8]), 4), split.text.index(slice(0, 8)), steps=2))
 
 

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 
 from golden_fill import tensor
-from toksr.cosmos import FSQ, haar, unhaar
-from toksr.grid import Gumbel, KLf8Config, build, first_weights
-from toksr.omni import GlobalBlock, SphereVQ, WindowBlock
+from toksr.tokenizers.cosmos import FSQ, haar, unhaar
+from toksr.tokenizers.dalle import Gumbel
+from toksr.tokenizers.grid import build, first_weights, KLf8Config
+from toksr.tokenizers.omni import GlobalBlock, SphereVQ, WindowBlock
 
 SMALL = {
     'kl_f8': ('kl_f8', dict(image=32, width=4, channels=(8, 16, 16), blocks=1, groups=4, fold=2)),

@@ -7,12 +7,12 @@ import pytest
 import torch
 import yaml
 
-from toksr.grid import build
-from toksr.grid_recipes import GridRecipe, GridTask, load_grid, save_grid
-from toksr.hub import WeightsError, save_weights
-from toksr.losses import LossConfig, TokenizerLoss
-from toksr.params import check, declared
-from toksr.recipes import take
+from toksr.tokenizers.grid import build
+from toksr.tokenizers.grid_training import GridRecipe, GridTask, load_grid, save_grid
+from toksr.core.weights import save_weights, WeightsError
+from toksr.training.losses import LossConfig, TokenizerLoss
+from toksr.pipeline.params import check, declared
+from toksr.training.recipes import take
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOK = ROOT/'nbs/study/train_grid.ipynb'

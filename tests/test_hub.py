@@ -12,8 +12,10 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from toksr import hub
-from toksr.hub import WeightsError, fetch_pretrained, from_checkpoint, load_into, load_weights, save_weights, seal, seal_path
+from toksr.core import weights as hub
+from toksr.core.weights import (
+    fetch_pretrained, from_checkpoint, load_into, load_weights, save_weights, seal, seal_path, WeightsError,
+)
 
 
 def net(width=8):
@@ -55,7 +57,7 @@ def test_same_bytes_everywhere(path, tmp_path):
     code = f'''
 import sys; sys.path.insert(0, {str(os.path.dirname(__file__))!r})
 from test_hub import net
-from toksr.hub import save_weights
+from toksr.core.weights import save_weights
 save_weights({str(tmp_path / "other.safetensors")!r}, net(), {{'nested': {{'text_in': 'both'}}, 'scores': [1.5, None], 'width': 8}})'''
     subprocess.run([sys.executable, '-c', code], check=True, env={**os.environ, 'PYTHONHASHSEED': '77', 'OMP_NUM_THREADS': '1'})
     assert (tmp_path / 'other.safetensors').read_bytes() == path.read_bytes()
@@ -188,7 +190,7 @@ def test_from_checkpoint(path):
 
 def test_fetch_offline_is_one_line(tmp_path):
     code = '''
-from toksr.hub import fetch_pretrained, WeightsError
+from toksr.core.weights import fetch_pretrained, WeightsError
 try: fetch_pretrained('turkeyju/tokenizer_tatitok_bl32_vae')
 except WeightsError as e: print(e)'''
     out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, env={**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path)})

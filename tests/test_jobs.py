@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from toksr.jobs import Plan, at_once, read_plan, schedule, told_seconds
+from toksr.pipeline.schedule import at_once, Plan, read_plan, schedule, told_seconds
 
 PIPELINE = '''
 stages:
@@ -32,7 +32,7 @@ def listen():
 
 
 def repro(root, *words, **kw):
-    return subprocess.run([sys.executable, '-c', 'from toksr.jobs import main; main()', *words], cwd=root, capture_output=True, text=True, env=ENV, **kw)
+    return subprocess.run([sys.executable, '-c', 'from toksr.pipeline.schedule import main; main()', *words], cwd=root, capture_output=True, text=True, env=ENV, **kw)
 
 
 def test_same_lock_as_dvc_and_side_by_side(toy):
@@ -70,7 +70,7 @@ def test_failure_stops_dependents_and_lets_others_finish(toy):
 
 def test_interrupt_ends_stages_and_can_go_on(toy):
     (toy/'nap').write_text('60')
-    p = subprocess.Popen([sys.executable, '-c', 'from toksr.jobs import main; main()'], cwd=toy, preexec_fn=listen, text=True, stdout=subprocess.PIPE,
+    p = subprocess.Popen([sys.executable, '-c', 'from toksr.pipeline.schedule import main; main()'], cwd=toy, preexec_fn=listen, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, env=ENV)
     for _ in range(300):
         if (toy/'times.log').exists() and len((toy/'times.log').read_text().split()) == 2: break

@@ -17,7 +17,7 @@ Path('parent').write_text(Path(f'/proc/{os.getppid()}/cmdline').read_text())
 Path('pid').write_text(str(os.getpid()))
 print(sorted({'b', 'a', 'c'}), hash('a') % 1000, torch.get_num_threads(), torch.randn(2, generator=torch.Generator().manual_seed(0)).tolist(), os.getcwd() == str(Path.cwd()))'''
 
-FIGURES = {'b': "torch.ones(2)", 'c': "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(); ax.plot([1, 3, 2]); plt.show()", 'd': "from toksr.plot import style\nstyle()\nfig, ax = plt.subplots(); ax.plot([1, 2]); fig",
+FIGURES = {'b': "torch.ones(2)", 'c': "import matplotlib.pyplot as plt\nfig, ax = plt.subplots(); ax.plot([1, 3, 2]); plt.show()", 'd': "from toksr.core.plot import style\nstyle()\nfig, ax = plt.subplots(); ax.plot([1, 2]); fig",
            'e': "import pandas as pd\npd.DataFrame({f'a column with a long name {i}': [1.5, 2] for i in range(30)})"}      # tensors, figures and tables as studies show them
 
 
@@ -35,9 +35,9 @@ def toy(tmp_path):
 def test_a_fork_gives_the_bytes_of_a_process_of_its_own(toy):
     subprocess.run(['toksr-repro'], cwd=toy, check=True, env=ENV, capture_output=True)
     forked = (toy/'out.ipynb').read_bytes()
-    assert 'toksr.kernels' in (toy/'parent').read_text(), 'the kernel is no fork'
+    assert 'toksr.pipeline.kernels' in (toy/'parent').read_text(), 'the kernel is no fork'
     subprocess.run(['dvc', 'repro', '-q', '--force'], cwd=toy, check=True, env=ENV, capture_output=True)
-    assert 'toksr.kernels' not in (toy/'parent').read_text()
+    assert 'toksr.pipeline.kernels' not in (toy/'parent').read_text()
     assert (toy/'out.ipynb').read_bytes() == forked
     shown = [o['data'] for c in json.loads(forked)['cells'] for o in c.get('outputs', []) if 'data' in o]
     assert sum('image/png' in d for d in shown) == 2 and any('text/html' in d for d in shown)

@@ -9,7 +9,10 @@ import torch
 import torch.nn.functional as F
 from golden_fill import fill_, tensor
 
-from toksr.losses import Blur, Discriminator, LeCam, LossConfig, TokenizerLoss, hinge_discriminator, hinge_generator, imagenet_logits, lpips_convnext
+from toksr.training.losses import (
+    Blur, Discriminator, hinge_discriminator, hinge_generator, imagenet_logits, LeCam, LossConfig,
+    lpips_convnext, TokenizerLoss,
+)
 
 GOLDEN = Path(__file__).parent / 'golden'
 
@@ -150,7 +153,7 @@ def test_refusals():
 
 
 def test_default_perceptual_distance():
-    vision = pytest.importorskip('toksr.vision')
+    vision = pytest.importorskip('toksr.encoders.lite0')
     image, recon = pair(2)
     loss = TokenizerLoss(perceptual=partial(vision.lite0_distance, net=vision.Lite0()))
     total, terms = loss(image, recon.requires_grad_(), {}, 0); total.backward()

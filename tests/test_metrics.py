@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from scipy.linalg import sqrtm
 from torch import Tensor
 
-from toksr.degrade import downscale
-from toksr.metrics import features, fid, frechet, in_float32, kid, kid_interval, per_image, psnr, real_floor, set_metrics, ssim, summarise
-from toksr.stats import bootstrap
-from toksr.vision import Lite0
+from toksr.data.degradations import downscale
+from toksr.metrics.per_image import in_float32, per_image, psnr, ssim, summarise
+from toksr.metrics.sets import features, fid, frechet, kid, kid_interval, real_floor, set_metrics
+from toksr.core.stats import bootstrap
+from toksr.encoders.lite0 import Lite0
 
 
 @pytest.fixture(scope='module')
@@ -90,7 +91,7 @@ def test_per_image_columns(pair, net):
     lr = downscale(x, 4)
     df = per_image(x, y, lr, [net], ids=[f'scene-{i}' for i in range(10)])
     assert list(df) == ['image', 'psnr', 'ssim', 'lite0', 'lr_psnr'] and df.image[3] == 'scene-3' and df.dtypes.psnr == np.float64
-    from toksr.degrade import lr_consistency
+    from toksr.data.degradations import lr_consistency
     np.testing.assert_allclose(df.lr_psnr, lr_consistency(y.clamp(0, 1), lr), atol=1e-4)
     np.testing.assert_allclose(df.lite0, net.distance(x, y.clamp(0, 1)), atol=1e-5)
     assert list(per_image(x, y)) == ['image', 'psnr', 'ssim']

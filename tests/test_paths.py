@@ -3,7 +3,7 @@ import contextlib
 
 import pytest
 
-from toksr.paths import CKPT, ROOT, STAMPS_PACKAGE, WORK, stamps_dir
+from toksr.core.paths import CKPT, ROOT, stamps_dir, STAMPS_PACKAGE, WORK
 
 
 def test_root_is_the_nearest_params_file(tmp_path):

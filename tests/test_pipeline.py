@@ -120,7 +120,7 @@ def test_comments_docstrings_and_prose_train_nothing(made):
 
 def test_a_changed_number_in_one_study_reruns_that_study(made):
     "The last line of a study is changed: the stages that run are its own, and those that read from it"
-    from toksr.jobs import read_plan
+    from toksr.pipeline.schedule import read_plan
     plan = read_plan(made.d)
     study = next((p for p in sorted((made.d/'nbs/study').glob('*ablation*.ipynb'))), sorted((made.d/'nbs/study').glob('*.ipynb'))[0])
     _append(study, 'code', 'print(1+1)')

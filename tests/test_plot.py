@@ -6,13 +6,13 @@ import sys
 import numpy as np
 import pytest
 
-from toksr.plot import as_uint8, difference, image_grid
+from toksr.core.plot import as_uint8, difference, image_grid
 
 MAKE = '''
 import sys, hashlib, numpy as np, matplotlib
 matplotlib.use('agg')
 import matplotlib.pyplot as plt
-from toksr.plot import style, save_fig, image_grid
+from toksr.core.plot import image_grid, save_fig, style
 style()
 fig, ax = plt.subplots(); ax.plot([1, 2], [3, 1], label='a'); ax.set_title('t'); ax.legend()
 rng = np.random.default_rng(0)

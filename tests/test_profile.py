@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from toksr import profile
-from toksr.params import read_profile
+from toksr.pipeline import profiles as profile
+from toksr.pipeline.params import read_profile
 
 ROOT = Path(__file__).resolve().parents[1]
 

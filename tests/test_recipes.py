@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from toksr.params import check, declared
-from toksr.recipes import SRRecipe, TokenizerRecipe, UpscalerRecipe, perceptual_distance, take
+from toksr.pipeline.params import check, declared
+from toksr.sr.srresnet import UpscalerRecipe
+from toksr.sr.training import SRRecipe
+from toksr.tokenizers.training import TokenizerRecipe
+from toksr.training.recipes import perceptual_distance, take
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = dict(train_tokenizer=TokenizerRecipe, train_sr=SRRecipe, train_upscaler=UpscalerRecipe)
@@ -50,7 +53,7 @@ def test_paper_profile_has_the_papers_values():
 
 def test_paper_tokenizer_has_the_papers_size():
     import torch
-    from toksr.tokenizer import Tokenizer
+    from toksr.tokenizers.titok import Tokenizer
     values = {s: v for _, s, v in sections('paper')}['train_tokenizer_textok_warm']
     recipe = take(TokenizerRecipe, values)
     with torch.device('meta'): tok = Tokenizer(recipe.config(256, 768, 77))

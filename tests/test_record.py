@@ -9,7 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from toksr.record import atomic, git_revision, provenance, save_result, save_timing, sha256_file, write_csv, write_json, write_text
+from toksr.core.record import (
+    atomic, git_revision, provenance, save_result, save_timing, sha256_file, write_csv, write_json, write_text,
+)
 
 OLD, NEW = 'old '*50, 'new! '*2000      # 10,000 bytes, more than one write
 

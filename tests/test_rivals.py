@@ -6,18 +6,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from toksr.degrade import downscale, upscale
-from toksr.dit import DiTConfig
-from toksr.flow import SIGMA_MAX, denoise, edm_loss, euler_sample, flow_loss, heun_sample, karras_sigmas
-from toksr.hub import WeightsError
-from toksr.latent_sr import RivalConfig, RivalResolver, token_ridge
-from toksr.models import Split, save_tokenizer
-from toksr.pixels import InfDiT, Lite0Space, PixelPatches, small_patches, with_quality
-from toksr.published_sr import InfDiTCommand, StableDiffusion3
-from toksr.rivals import RivalRecipe, RivalTask, build_rival, load_rival, load_space, resolve, save_rival
-from toksr.text import Text
-from toksr.tokenizer import PCATokenizer
-from toksr.train import step_generator
+from toksr.data.degradations import downscale, upscale
+from toksr.layers.dit import DiTConfig
+from toksr.diffusion.flow import denoise, edm_loss, euler_sample, flow_loss, heun_sample, karras_sigmas, SIGMA_MAX
+from toksr.core.weights import WeightsError
+from toksr.sr.latent import BaselineConfig, BaselineResolver, token_ridge
+from toksr.tokenizers.titok import save_tokenizer
+from toksr.training.splits import Split
+from toksr.sr.pixels import InfDiT, Lite0Space, PixelPatches, small_patches, with_quality
+from toksr.hub.super_resolution import InfDiTCommand, StableDiffusion3
+from toksr.sr.latent_training import (
+    BaselineRecipe, BaselineTask, build_baseline, load_baseline, load_space, resolve, save_baseline,
+)
+from toksr.encoders.text import Text
+from toksr.tokenizers.titok import PCATokenizer
+from toksr.training.loop import step_generator
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +36,7 @@ def world():
 def resolver(world, tok, **changes):
     pixels, images, text = world
     pixels = torch.from_numpy(pixels)
-    sr = RivalResolver(tok, RivalConfig(**dict(dit='d64x2', text_dim=8, quality_dim=8) | changes), 8)
+    sr = BaselineResolver(tok, BaselineConfig(**dict(dit='d64x2', text_dim=8, quality_dim=8) | changes), 8)
     small = downscale(pixels, 4)
     hr, lr = tok.encode(pixels), sr.encode_lr(small)
     return sr.measure(hr, lr, small, text, text.index([0, 1])), hr, lr, small
@@ -62,7 +65,7 @@ def test_a_patch_is_where_it_should_be():
 
 @pytest.mark.parametrize('call, name', [(lambda: PixelPatches(30, 4), 'patch'), (lambda: PixelPatches(32).encode(torch.rand(1, 3, 16, 16)), 'image'), (lambda: PixelPatches(32).decode(torch.rand(1, 3, 48)), 'z'),
                                         (lambda: small_patches(torch.rand(1, 3, 7, 8)), 'patch'), (lambda: load_space('4d', ''), 'space'), (lambda: RivalRecipe(net='unet').config(), 'net'),
-                                        (lambda: token_ridge(torch.rand(3, 2, 2), torch.rand(4, 2, 2)), 'token_ridge'), (lambda: RivalConfig(net='infdit'), 'text_dim'), (lambda: RivalConfig(dit='Z'), 'dit'),
+                                        (lambda: token_ridge(torch.rand(3, 2, 2), torch.rand(4, 2, 2)), 'token_ridge'), (lambda: BaselineConfig(net='infdit'), 'text_dim'), (lambda: BaselineConfig(dit='Z'), 'dit'),
                                         (lambda: RivalTask(None, None, None, drop=2.), 'drop'), (lambda: karras_sigmas(0), 'steps')])
 def test_bad_input_is_named(call, name):
     with pytest.raises(ValueError, match=name): call()
@@ -164,8 +167,8 @@ def test_tables_and_tokens_made_on_the_way_are_the_same(world):
 
 
 def test_files_come_back_and_know_their_tokenizer(world, tmp_path):
-    from toksr.tokenizer import Tokenizer
-    from toksr.towers import TokenizerConfig
+    from toksr.tokenizers.titok import Tokenizer
+    from toksr.tokenizers.towers import TokenizerConfig
     pixels, images, text = world
     split = Split('train', images, [''] * 80, [[]] * 80, [''] * 80, text)
     shape = dict(image=32, patch=16, n_tokens=4, width=4, encoder='d32x1', decoder='d32x1', text_in='none', text_width=8, text_length=5)
@@ -234,7 +237,7 @@ def test_stable_diffusion_3_with_a_tiny_pipeline_of_the_same_classes():
 def test_published_sizes_on_the_meta_device(config, millions):
     "256 pixels in 4-pixel patches; a block holds 18 width² numbers (12 and adaLN's 6), 22 with attention to the caption"
     with torch.device('meta'):
-        sr = RivalResolver(PixelPatches(256, 4), RivalConfig(**config), 64)
+        sr = BaselineResolver(PixelPatches(256, 4), BaselineConfig(**config), 64)
         z, t, small = torch.empty(1, 4096, 48), torch.empty(1, dtype=torch.long), torch.empty(1, 3, 64, 64)
         cond = dict(base=z, small=small_patches(small), embedding=torch.empty(1, 1280)) if config.get('net') else dict(base=z, text=Text(torch.empty(1, 77, 768), torch.empty(1, 768)))
         assert sr.dit(z, t, **cond).shape == z.shape

@@ -9,8 +9,8 @@ import time
 import pytest
 from nbformat import v4
 
-from toksr import params
-from toksr.run import stabilise
+from toksr.pipeline import params
+from toksr.pipeline.run import stabilise
 
 PARAMETERS = '''steps: int = 200        # optimisation steps [1, 1000]
 lr: float = 0.1         # learning rate (0, 1]
@@ -42,7 +42,7 @@ def notebook(path, source='', parameters=PARAMETERS):
 
 
 def run(cwd, *words, **kw):
-    return subprocess.run([sys.executable, '-c', 'from toksr.run import main; main()', *words], cwd=cwd, capture_output=True, text=True, **kw)
+    return subprocess.run([sys.executable, '-c', 'from toksr.pipeline.run import main; main()', *words], cwd=cwd, capture_output=True, text=True, **kw)
 
 
 @pytest.fixture
@@ -131,7 +131,7 @@ def test_two_runs_same_bytes_whatever_the_user_has(toy, tmp_path):
 
 def test_runners_side_by_side_do_not_meet(toy):
     notebook(toy/'toy.ipynb', 'print(steps)')
-    command = [sys.executable, '-c', 'from toksr.run import main; main()', 'toy.ipynb']
+    command = [sys.executable, '-c', 'from toksr.pipeline.run import main; main()', 'toy.ipynb']
     ps = [subprocess.Popen([*command, f'o{i}.ipynb', f'steps={i+1}'], cwd=toy, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) for i in range(4)]
     errors = [p.communicate(timeout=300)[1] for p in ps]
     assert [p.returncode for p in ps] == [0]*4, errors
@@ -150,7 +150,7 @@ def test_failure_leaves_no_result_and_keeps_the_old(toy):
 @pytest.mark.parametrize('sig', [signal.SIGINT, signal.SIGKILL])
 def test_killed_runner_leaves_no_result_and_no_kernel(toy, sig):
     notebook(toy/'toy.ipynb', 'import os, time\nopen("pid", "w").write(str(os.getpid()))\ntime.sleep(120)')
-    p = subprocess.Popen([sys.executable, '-c', 'from toksr.run import main; main()', 'toy.ipynb', 'out.ipynb'], cwd=toy, preexec_fn=listen, stdout=subprocess.PIPE,
+    p = subprocess.Popen([sys.executable, '-c', 'from toksr.pipeline.run import main; main()', 'toy.ipynb', 'out.ipynb'], cwd=toy, preexec_fn=listen, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, text=True)
     for _ in range(600):
         if (toy/'pid').exists() and (toy/'pid').read_text(): break

@@ -7,15 +7,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from toksr.hub import WeightsError, save_weights
-from toksr.lavit import CosineVQ, LavitConfig, LavitTokenizer, PolicyAttention, Selector
-from toksr.published_semantic import LavitCommand, PublishedSeed, rename_seed, seed_sizes
-from toksr.qformer import Lite0Tokens, QFormer, QFormerConfig, causal_bias, image_encoder
-from toksr.retrieval import chance, ranks
-from toksr.semantic import Match, Reverse, SemanticConfig, SemanticTokenizer, cosine_loss
-from toksr.semantic_recipes import Feed, SemanticRecipe, build_semantic
-from toksr.text import Text
-from toksr.vision import Frozen
+from toksr.core.weights import save_weights, WeightsError
+from toksr.dual.lavit import CosineVQ, LavitConfig, LavitTokenizer, PolicyAttention, Selector
+from toksr.hub.semantic import LavitCommand, PublishedSeed, rename_seed, seed_sizes
+from toksr.dual.qformer import causal_bias, QFormer, QFormerConfig
+from toksr.encoders.vision import image_encoder, Lite0Tokens
+from toksr.metrics.alignment import chance, ranks
+from toksr.dual.semantic import cosine_loss, Match, Reverse, SemanticConfig, SemanticTokenizer
+from toksr.dual.semantic_training import build_semantic, Feed, SemanticRecipe
+from toksr.encoders.text import Text
+from toksr.encoders.lite0 import Frozen
 
 
 def gen(seed: int = 0) -> torch.Generator: return torch.Generator().manual_seed(seed)

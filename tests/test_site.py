@@ -3,8 +3,8 @@ import json
 
 import pytest
 
-import toksr.site
-from toksr.site import build, notebook_page, notebook_pages
+import toksr.pipeline.site
+from toksr.pipeline.site import build, notebook_page, notebook_pages
 
 
 def notebook(path, text):
@@ -17,7 +17,7 @@ def notebook(path, text):
 def rendered(monkeypatch):
     names = []
     def count(path): names.append(path.stem); return notebook_page(path)
-    monkeypatch.setattr(toksr.site, 'notebook_page', count)
+    monkeypatch.setattr(toksr.pipeline.site, 'notebook_page', count)
     return names
 
 

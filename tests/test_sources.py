@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toksr.data import make_corpus
-from toksr.models import load_split
-from toksr.paths import ROOT
-from toksr.sources import PHOTOGRAPHS, longest, photographs
+from toksr.data.scenes import make_corpus
+from toksr.training.splits import load_split
+from toksr.core.paths import ROOT
+from toksr.data.collections import longest, PHOTOGRAPHS, photographs
 
 
 @pytest.fixture(scope='module')
@@ -27,7 +27,7 @@ def folder(tmp_path_factory):
 
 
 def corpus(tmp_path, *words):
-    return subprocess.run([sys.executable, '-c', 'from toksr.run import main; main()', str(ROOT()/'nbs/study/corpus.ipynb'), str(tmp_path/'corpus.ipynb'), 'n_train=10', 'n_val=10', 'n_novel=10', 'n_complex=10',
+    return subprocess.run([sys.executable, '-c', 'from toksr.pipeline.run import main; main()', str(ROOT()/'nbs/study/corpus.ipynb'), str(tmp_path/'corpus.ipynb'), 'n_train=10', 'n_val=10', 'n_novel=10', 'n_complex=10',
                            f'corpus={tmp_path}/corpus', f'out={tmp_path}/reports', *words], cwd=ROOT(), capture_output=True, text=True)
 
 

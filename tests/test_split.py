@@ -4,13 +4,16 @@ import pytest
 import torch
 from torch import nn
 
-import toksr.models
-from toksr.data import make_corpus, save_corpus
-from toksr.models import encode_all, load_split
-from toksr.tasks import home, on_gpu
-from toksr.tokenizer import Tokenizer
-from toksr.towers import TokenizerConfig
-from toksr.train import Task, TrainConfig, fit
+import toksr.training.splits
+from toksr.data.corpora import save_corpus
+from toksr.data.scenes import make_corpus
+from toksr.tokenizers.running import encode_all
+from toksr.training.splits import load_split
+from toksr.training.splits import home, on_gpu
+from toksr.tokenizers.titok import Tokenizer
+from toksr.tokenizers.towers import TokenizerConfig
+from toksr.training.loop import fit, Task
+from toksr.training.optimizers import TrainConfig
 
 
 @pytest.fixture(scope='module')
@@ -45,7 +48,7 @@ def test_the_corpus_says_who_reads_its_captions(corpus):
 
 def test_large_splits_stay_on_disk_and_give_the_same_tokens(corpus, monkeypatch):
     small = load_split(corpus, 'train')
-    monkeypatch.setattr(toksr.models, 'LARGE', 1000)
+    monkeypatch.setattr(toksr.training.splits, 'LARGE', 1000)
     large = load_split(corpus, 'train')
     assert isinstance(large.images, np.memmap) and large.text.states.dtype == torch.float16 and small.text.states.dtype == torch.float32
     tok = Tokenizer(TokenizerConfig(image=32, n_tokens=4, width=4, encoder='d64x2', decoder='d64x2', text_width=384, text_length=24))

@@ -4,15 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from toksr.degrade import downscale
-from toksr.hub import WeightsError
-from toksr.models import load_sr, load_tokenizer, save_sr, save_tokenizer, super_resolve
-from toksr.sr import SRConfig, SuperResolver, ridge
-from toksr.tasks import SRTask
-from toksr.text import Text
-from toksr.tokenizer import PCATokenizer, Tokenizer
-from toksr.towers import TokenizerConfig
-from toksr.train import step_generator
+from toksr.data.degradations import downscale
+from toksr.core.weights import WeightsError
+from toksr.sr.training import load_sr, save_sr, super_resolve
+from toksr.tokenizers.titok import load_tokenizer, save_tokenizer
+from toksr.sr.super_resolver import ridge, SRConfig, SuperResolver
+from toksr.sr.training import SRTask
+from toksr.encoders.text import Text
+from toksr.tokenizers.titok import PCATokenizer, Tokenizer
+from toksr.tokenizers.towers import TokenizerConfig
+from toksr.training.loop import step_generator
 
 
 @pytest.fixture(scope='module')

@@ -2,8 +2,8 @@
 import numpy as np
 import pytest
 
-from toksr import stats
-from toksr.stats import Interval, bootstrap, paired_bootstrap
+from toksr.core import stats
+from toksr.core.stats import bootstrap, Interval, paired_bootstrap
 
 
 @pytest.mark.parametrize('n,noise', [(30, 'normal'), (200, 'normal'), (200, 'skewed')])

@@ -8,15 +8,16 @@ import pytest
 import torch
 import yaml
 
-from toksr.diagram import Sketch, draw_sr, draw_tokenizer, watch
-from toksr.grid_recipes import GridRecipe, build_grid, save_grid
-from toksr.models import save_tokenizer
-from toksr.randomize import decline, effects, progressive, replacement
-from toksr.sr import SRConfig, SuperResolver
-from toksr.suite import ENTRIES, ZOO, describe, inception_score, load_entry, text_aware
-from toksr.text import Text
-from toksr.text_arms import ArmTokenizer
-from toksr.towers import TokenizerConfig
+from toksr.pipeline.diagrams import draw_sr, draw_tokenizer, Sketch, watch
+from toksr.tokenizers.grid_training import build_grid, GridRecipe, save_grid
+from toksr.tokenizers.titok import save_tokenizer
+from toksr.metrics.randomization import decline, effects, progressive, replacement
+from toksr.sr.super_resolver import SRConfig, SuperResolver
+from toksr.metrics.sets import inception_score
+from toksr.pipeline.registry import describe, ENTRIES, load_entry, text_aware, ZOO
+from toksr.encoders.text import Text
+from toksr.tokenizers.variants import VariantTokenizer
+from toksr.tokenizers.towers import TokenizerConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = yaml.safe_load((ROOT/'nbs/study/paper_numbers.yaml').read_text())['toksr']
@@ -40,7 +41,7 @@ def test_cells_of_table_2():
     rows = PAPER['table2_imagenet_val']
     assert [ENTRIES[k].paper for k in TRAINED] == [*rows]
     for key, text_in in TRAINED.items():
-        assert text_aware(ArmTokenizer(replace(TINY, text_in=text_in))) == named[rows[ENTRIES[key].paper]['text_aware']]
+        assert text_aware(VariantTokenizer(replace(TINY, text_in=text_in))) == named[rows[ENTRIES[key].paper]['text_aware']]
     assert {k: (v['rfid'], v['is']) for k, v in rows.items()} == {'TiTok': (2.56, 171.7), 'TA-TiTok': (1.61, 197.5), 'TexTok-VAE': (2.73, 174.14)}
     assert ZOO['tatitok_kl'][1:] == (1.53, 222.0) and ZOO['titok_kl'][1] == rows['TA-TiTok']['rfid']     # the paper's TA-TiTok is the zoo's TiTok
 
@@ -67,7 +68,7 @@ def test_papers_rows_exist():
 # ---- loading
 
 def test_entries_load_by_name(tmp_path):
-    tok = ArmTokenizer(TINY)
+    tok = VariantTokenizer(TINY)
     save_tokenizer(tmp_path/'tokenizer-titok_vq.safetensors', tok)
     grid = build_grid(GridRecipe(family='cosmos', levels=(4, 4), width=2, stem=16, inner=16, channels=(16, 16), attention=8), 32)
     save_grid(tmp_path/'grid-cosmos_di.safetensors', grid)
@@ -84,12 +85,12 @@ def test_entries_load_by_name(tmp_path):
 def test_replacement_draws_codes_that_exist():
     "A 1D codebook, a grid codebook and scalars rounded to levels: drawn tokens are what `lookup` gives for codes, and all codes come."
     grid = build_grid(GridRecipe(family='cosmos', levels=(4, 3), width=2, stem=16, inner=16, channels=(16, 16), attention=8), 32)
-    for tok, codes in ((ArmTokenizer(TINY), 64), (grid, 12)):
+    for tok, codes in ((VariantTokenizer(TINY), 64), (grid, 12)):
         z = torch.randn(5, tok.n_tokens, tok.width, generator=torch.Generator().manual_seed(0))
         source = replacement(tok, z)
         drawn = source.draw(200, torch.Generator().manual_seed(0)).flatten(0, 1).unique(dim=0)
         assert source.codes == codes and len(drawn) == codes
-    kl = ArmTokenizer(replace(TINY, bottleneck='kl'))
+    kl = VariantTokenizer(replace(TINY, bottleneck='kl'))
     source = replacement(kl, 3 + 2 * torch.randn(400, 6, 4, generator=torch.Generator().manual_seed(0)))
     drawn = source.draw(2000, torch.Generator().manual_seed(1))
     assert source.codes == 0 and abs(drawn.mean() - 3) < .2 and abs(drawn.std() - 2) < .1
@@ -97,7 +98,7 @@ def test_replacement_draws_codes_that_exist():
 
 
 def test_progressive_is_repeatable_and_nested():
-    tok, x, t = ArmTokenizer(TINY).eval(), images(), words()
+    tok, x, t = VariantTokenizer(TINY).eval(), images(), words()
     a, b, c = (progressive(tok, x, t, (0., .5, 1.), 2, seed) for seed in (0, 0, 1))
     assert a.equals(b) and not a.equals(c) and [*a.lost.unique()] == [0, 3, 6]
     assert (a.query('fraction == 0').mse_sd == 0).all()
@@ -107,7 +108,7 @@ def test_progressive_is_repeatable_and_nested():
 
 
 def test_effects_of_a_tokenizer_that_ignores_a_token():
-    tok = ArmTokenizer(replace(TINY, bottleneck='kl')).eval()
+    tok = VariantTokenizer(replace(TINY, bottleneck='kl')).eval()
     class Deaf(torch.nn.Module):
         n_tokens, width, bits = tok.n_tokens, tok.width, tok.bits
         def encode(self, x, text=None): return tok.encode(x, text)
@@ -123,7 +124,7 @@ def test_a_drawing_follows_the_model():
     "Another depth, another number of tokens, no captions: the boxes say so without a change of the drawing code."
     image, text = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), words(1)
     for n, layers, text_in in ((6, 1, 'both'), (9, 2, 'none')):
-        tok = ArmTokenizer(replace(TINY, n_tokens=n, encoder=f'd64x{layers}', text_in=text_in, bottleneck='kl')).eval()
+        tok = VariantTokenizer(replace(TINY, n_tokens=n, encoder=f'd64x{layers}', text_in=text_in, bottleneck='kl')).eval()
         s = draw_tokenizer(tok, image, text)
         said = s.boxes['encoder'].text
         assert f'{layers} blocks' in said and f'{n} latents' in said and ('7 words' in said) == (text_in == 'both') and f'{1 + 16 + n + (7 if text_in == "both" else 0)} tokens' in said
@@ -136,15 +137,17 @@ def test_a_drawing_follows_the_model():
 
 def test_the_dual_drawing_says_what_passes():
     "Tokens and bits of both branches, and the shapes between, for another guide without a change of the drawing code."
-    from toksr.diagram import draw_dual
-    from toksr.dual import DualTokenizer, LatentConfig, LatentDiffusion
-    from toksr.guide_recipes import GuideRecipe, build_codes
-    from toksr.semantic_recipes import SemanticRecipe, build_semantic
+    from toksr.pipeline.diagrams import draw_dual
+    from toksr.dual.diffusion_branch import LatentConfig, LatentDiffusion
+    from toksr.dual.dual_tokenizer import DualTokenizer
+    from toksr.dual.guide import GuideRecipe
+    from toksr.tokenizers.code_training import build_codes
+    from toksr.dual.semantic_training import build_semantic, SemanticRecipe
     g = torch.Generator().manual_seed(0)
     text = Text(torch.randn(1, 7, 20, generator=g), torch.randn(1, 20, generator=g))
     text.empty = Text(text.states, text.pooled)
     semantic = build_semantic(SemanticRecipe(size='d32x1h1', queries=5, codes=16, project=8, decoder_layers=1, reverse_layers=1), text)
-    tok = ArmTokenizer(replace(TINY, text_in='none', bottleneck='kl')).eval()
+    tok = VariantTokenizer(replace(TINY, text_in='none', bottleneck='kl')).eval()
     diffusion = LatentDiffusion(tok, LatentConfig(image=32, text_dim=20, text_length=7)).eval()
     image = torch.rand(1, 3, 32, 32, generator=g)
     for factor, tokens in ((8, 16), (16, 4)):

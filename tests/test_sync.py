@@ -56,11 +56,11 @@ def test_the_index_lists_every_notebook():
     "Each chapter and each study once, under its own title"
     index = ROOT/'nbs/index.ipynb'
     text = '\n'.join(''.join(c['source']) for c in json.loads(index.read_text(encoding='utf-8'))['cells'])
-    listed = re.findall(r'^\* \[(.+)\]\(((?:lib|study)/\w+\.ipynb)\)', text, re.M)
+    listed = re.findall(r'^\* \[(.+)\]\((\w+/\w+\.ipynb)\)', text, re.M)
     assert sorted(path for _, path in listed) == sorted(str(p.relative_to(ROOT/'nbs')) for p in NOTEBOOKS if p != index)
     for title, path in listed:
         own = ''.join(json.loads((ROOT/'nbs'/path).read_text(encoding='utf-8'))['cells'][0]['source']).splitlines()[0].removeprefix('# ')
-        assert title == (f'{Path(path).name[:2]} {own}' if path.startswith('lib/') else own), f'nbs/index.ipynb: {path} is called {own!r}'
+        assert title == own, f'nbs/index.ipynb: {path} is called {own!r}'
 
 
 def test_saving_in_jupyterlab_cleans(monkeypatch):

@@ -6,9 +6,10 @@ import warnings
 import numpy as np
 import pytest
 import torch
-import toksr.text
+import toksr.encoders.text
 
-from toksr.text import ClipText, ClipTextHF, MiniLM, Text, cached, cat, clean_captions, clip_ids, load_minilm
+from toksr.encoders.text import cat, clean_captions, clip_ids, ClipText, ClipTextHF, load_minilm, MiniLM, Text
+from toksr.encoders.text_cache import cached
 
 CAPTIONS = ['A tiger next to a red mailbox on a green background.', 'A cup of tea.', '', 'A tiger next to a red mailbox on a green background.', 'Two dogs']
 
@@ -157,9 +158,9 @@ class Counting:
 
 
 def test_a_cache_written_in_chunks_is_that_of_one_piece(tmp_path, monkeypatch):
-    minilm, captions = toksr.text.caption_encoder(), [f'A photo of {n} cats.' for n in range(7)]
+    minilm, captions = toksr.encoders.text.caption_encoder(), [f'A photo of {n} cats.' for n in range(7)]
     whole = cached(minilm, captions, tmp_path/'a', torch.float16)
-    monkeypatch.setattr(toksr.text, 'CHUNK', 2*4*minilm.size)
+    monkeypatch.setattr(toksr.encoders.text, 'CHUNK', 2*4*minilm.size)
     parts = cached(minilm, captions, tmp_path/'b', torch.float16)
     torch.testing.assert_close(parts.states, whole.states, atol=1e-3, rtol=1e-2)
     assert torch.equal(parts.mask, whole.mask) and torch.allclose(parts.empty.states, whole.empty.states, atol=1e-3)

@@ -7,16 +7,20 @@ import pytest
 import torch
 import yaml
 
-from toksr.corrupt import LEVELS, blur, corrupt, missing, noise
-from toksr.hub import WeightsError
-from toksr.models import Split, load_tokenizer, save_tokenizer
-from toksr.params import check, declared
-from toksr.recipes import take
-from toksr.text import Text
-from toksr.text_arms import (ArmRecipe, ArmTokenizer, StartRecipe, build_arm, caption_variants, code_use, load_arm, object_masks, region_psnr, seed_effect, split_masks, start_from,
-                             train_arm, verdict)
-from toksr.towers import TokenizerConfig
-from toksr.vq_arms import VQRecipe, train_vq
+from toksr.data.degradations import blur, corrupt, LEVELS, missing, noise
+from toksr.core.weights import WeightsError
+from toksr.tokenizers.titok import load_tokenizer, save_tokenizer
+from toksr.training.splits import Split
+from toksr.pipeline.params import check, declared
+from toksr.training.recipes import take
+from toksr.encoders.text import Text
+from toksr.metrics.effects import caption_variants, object_masks, region_psnr, seed_effect, split_masks, verdict
+from toksr.tokenizers.variants import (
+    build_variant, code_use, load_variant, start_from, StartRecipe, train_variant, VariantRecipe,
+    VariantTokenizer,
+)
+from toksr.tokenizers.towers import TokenizerConfig
+from toksr.tokenizers.variants import train_vq, VQRecipe
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = dict(train_arms=ArmRecipe, train_vq_arms=VQRecipe, train_text_effect=ArmRecipe, train_initialisation=StartRecipe)
@@ -145,8 +149,8 @@ def test_seed_effect():
 
 @pytest.fixture(scope='module')
 def maker():
-    from toksr.scenes import SceneMaker
-    from toksr.stamps import load_stamps
+    from toksr.data.scenes import SceneMaker
+    from toksr.data.stamps import load_stamps
     return SceneMaker(load_stamps(px=48), px=32, split='complex')
 
 

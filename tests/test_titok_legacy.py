@@ -7,10 +7,10 @@ import pytest
 import torch
 from golden_fill import fill_, tensor
 
-from toksr.hub import WeightsError, save_weights
-from toksr.titok_legacy import LegacyTiTok, config_of, from_released, load_released
-from toksr.tokenizer import Tokenizer
-from toksr.towers import TokenizerConfig
+from toksr.core.weights import save_weights, WeightsError
+from toksr.hub.titok import config_of, from_released, LegacyTiTok, load_released
+from toksr.tokenizers.titok import Tokenizer
+from toksr.tokenizers.towers import TokenizerConfig
 
 GOLDEN = Path(__file__).parent / 'golden'
 

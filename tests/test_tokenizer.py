@@ -10,10 +10,10 @@ import torch
 import torch.nn.functional as F
 from golden_fill import fill_, tensor
 
-from toksr.linear import component_scale, fit_pca, pixels
-from toksr.text import Text
-from toksr.tokenizer import PCATokenizer, Tokenizer
-from toksr.towers import INITS, TOKENIZERS, TokenizerConfig, size
+from toksr.layers.pca import component_scale, fit_pca, pixels
+from toksr.encoders.text import Text
+from toksr.tokenizers.titok import PCATokenizer, Tokenizer
+from toksr.tokenizers.towers import INITS, size, TokenizerConfig, TOKENIZERS
 
 GOLDEN = Path(__file__).parent / 'golden'
 TINY = TokenizerConfig(image=32, patch=8, n_tokens=6, width=4, encoder='d64x2', decoder='d32x2', text_width=20, text_length=7)

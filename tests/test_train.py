@@ -16,10 +16,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent))
 from train_cases import CASES, N, Gan, Plain
 
-from toksr import checkpoint
-from toksr.checkpoint import Checkpoint, NonFiniteError, forget, read_checkpoint, write_checkpoint
-from toksr.optim import Optimizers, TrainConfig, ema_model, lr_factor, param_groups
-from toksr.train import Log, StopOnNonFinite, Task, batch_indices, fit, seed_everything, step_generator
+from toksr.training import checkpoints as checkpoint
+from toksr.training.checkpoints import Checkpoint, forget, NonFiniteError, read_checkpoint, write_checkpoint
+from toksr.training.optimizers import ema_model, lr_factor, Optimizers, param_groups, TrainConfig
+from toksr.training.loop import batch_indices, fit, Log, seed_everything, step_generator, StopOnNonFinite, Task
 
 QUIET = [StopOnNonFinite()]
 

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from toksr import vision
-from toksr.vision import LITE0_SHA256, ConvNextS, DinoV2, Inception, Lite0, LpipsVGG, _read_packaged_pth, lite0_distance, lite0_file, read_weights, unit
+from toksr.encoders.lite0 import _read_packaged_pth, Lite0, lite0_distance, lite0_file, LITE0_SHA256, read_weights, unit
+from toksr.encoders.vision import ConvNextS, DinoV2, Inception, LpipsVGG
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,7 +49,7 @@ def test_lite0_equals_timm(net, h, w):
 def test_lite0_knows_animals(net):
     "The weights arrived in the right places: a stamp photograph of an animal gets its name."
     from PIL import Image
-    from toksr.paths import stamps_dir
+    from toksr.core.paths import stamps_dir
     def scores(name: str) -> Tensor:
         im = Image.open(next(stamps_dir().rglob(name))).convert('RGBA'); im = im.crop(im.getchannel('A').getbbox())
         im.thumbnail((200, 200)); bg = Image.new('RGB', (224, 224), (190, 190, 190)); bg.paste(im, ((224-im.width)//2, (224-im.height)//2), im)

@@ -10,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from toksr import checkpoint
-from toksr.checkpoint import Checkpoint
-from toksr.optim import TrainConfig
-from toksr.train import Log, StopOnNonFinite, Task, fit, seed_everything
+from toksr.training import checkpoints as checkpoint
+from toksr.training.checkpoints import Checkpoint
+from toksr.training.optimizers import TrainConfig
+from toksr.training.loop import fit, Log, seed_everything, StopOnNonFinite, Task
 
 N = 40
 
