@@ -3,14 +3,14 @@ import numpy as np
 import pytest
 import torch
 
+from toksr.core.weights import save_weights, WeightsError
+from toksr.encoders.lite0 import Lite0
+from toksr.encoders.text import Text
 from toksr.metrics.alignment import (
     AlignerRecipe, alignment, caption_rank, load_aligner, make_aligner, save_aligner, train_aligner,
 )
-from toksr.core.weights import save_weights, WeightsError
-from toksr.training.splits import Split
 from toksr.metrics.rewards import HPSv2, ImageReward, Missing, PickScore
-from toksr.encoders.text import Text
-from toksr.encoders.lite0 import Lite0
+from toksr.training.splits import Split
 
 
 @pytest.fixture(scope='module')

@@ -10,16 +10,15 @@ import pytest
 import torch
 from PIL import Image
 
-from toksr.pipeline import profiles as profile
-from toksr.pipeline import run
-from toksr.training.checkpoints import Checkpoint
+from toksr.core.paths import stamps_dir
 from toksr.core.weights import from_checkpoint, load_into, load_weights, save_weights, seal, WeightsError
 from toksr.data.images import BadImage, read_image
-from toksr.training.optimizers import TrainConfig
-from toksr.core.paths import stamps_dir
 from toksr.encoders.text import MiniLM
+from toksr.pipeline import profiles as profile, run
 from toksr.tokenizers.titok import Tokenizer
 from toksr.tokenizers.towers import TokenizerConfig
+from toksr.training.checkpoints import Checkpoint
+from toksr.training.optimizers import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 TINY = dict(image=32, patch=8, n_tokens=4, width=4, encoder='d32x1', decoder='d32x1', text_width=8, text_length=4)

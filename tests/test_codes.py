@@ -6,18 +6,17 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import SpatialNorm
 from torch import nn
 
-from toksr.layers.convnets import ConvConfig, ConvDecoder, ConvEncoder, levels
-from toksr.tokenizers.grid import build
-from toksr.dual.guide import codebook_use, GuideConfig, GuideTokenizer, inject, shrink
-from toksr.tokenizers.grid_training import save_grid
-from toksr.dual.guide import GuideRecipe, load_guide
-from toksr.tokenizers.code_training import balance, build_codes, CodeLoss, CodeRecipe, CodeTask, load_codes
 from toksr.core.weights import save_weights, WeightsError
-from toksr.layers.bottlenecks import entropies, index_to_signs, LFQ, signs_to_index
-from toksr.training.losses import LossConfig
-from toksr.tokenizers.vqgan import CodeConfig, halved, interpolation, MultichannelVQ
-from toksr.layers.multiscale import MultiScaleVQ, SCALES
+from toksr.dual.guide import codebook_use, GuideConfig, GuideRecipe, GuideTokenizer, inject, load_guide, shrink
 from toksr.hub.codes import from_compvis, from_published, from_var, load_published_codes, PUBLISHED_CODES
+from toksr.layers.bottlenecks import entropies, index_to_signs, LFQ, signs_to_index
+from toksr.layers.convnets import ConvConfig, ConvDecoder, ConvEncoder, levels
+from toksr.layers.multiscale import MultiScaleVQ, SCALES
+from toksr.tokenizers.code_training import balance, build_codes, CodeLoss, CodeRecipe, CodeTask, load_codes
+from toksr.tokenizers.grid import build
+from toksr.tokenizers.grid_training import save_grid
+from toksr.tokenizers.vqgan import CodeConfig, halved, interpolation, MultichannelVQ
+from toksr.training.losses import LossConfig
 
 SMALL = dict(image=32, factor=8, base=32, times=(1, 2), layers=1, attention='middle', stem=4, latent=8, width=8, codes=32, scales=(1, 2, 3, 4))
 KINDS = ('vqgan', 'movq', 'var', 'lfq')

@@ -8,23 +8,22 @@ import torch
 import torch.nn.functional as F
 import yaml
 
-from toksr.encoders.vision import DinoFeatures
-from toksr.sr.conditioning import build_dit, ConditionedConfig, stretch, VARIANT_SIZES
-from toksr.data.degradations import downscale
 from toksr.core.weights import WeightsError
-from toksr.tokenizers.running import encode_all
-from toksr.tokenizers.titok import save_tokenizer
-from toksr.training.splits import Split
-from toksr.training.recipes import take
+from toksr.data.degradations import downscale
+from toksr.encoders.text import Text
+from toksr.encoders.vision import DinoFeatures
 from toksr.metrics.effects import over_seeds
+from toksr.sr.conditioning import build_dit, ConditionedConfig, stretch, VARIANT_SIZES
 from toksr.sr.variants import (
     conditions, held_out_loss, load_variants, save_variants, SRVariantConfig, SRVariantRecipe, SRVariantTask,
     train_variants, VariantResolver,
 )
-from toksr.encoders.text import Text
-from toksr.tokenizers.titok import PCATokenizer, Tokenizer
+from toksr.tokenizers.running import encode_all
+from toksr.tokenizers.titok import PCATokenizer, save_tokenizer, Tokenizer
 from toksr.tokenizers.towers import TokenizerConfig
 from toksr.training.loop import step_generator
+from toksr.training.recipes import take
+from toksr.training.splits import Split
 
 ROOT = Path(__file__).resolve().parents[1]
 KINDS = dict(concat=dict(), separate=dict(positions='separate'), interpolated=dict(positions='interpolated'), cross=dict(conditioning='cross'))
@@ -107,7 +106,7 @@ def test_wrong_sizes_and_inputs_are_named():
     with pytest.raises(ValueError, match='lr must have shape'): m(x, t, text, None)
     with pytest.raises(ValueError, match='text is missing'): m(x, t, None, lr)
     for wrong in (dict(base='ridge'), dict(retouch=4), dict(features='clip'), dict(positions='none')):
-        with pytest.raises(ValueError, match=next(iter(wrong))): ArmConfig(**wrong)
+        with pytest.raises(ValueError, match=next(iter(wrong))): SRVariantConfig(**wrong)
 
 
 def test_paper_size_on_meta():
@@ -131,11 +130,11 @@ def test_dinov2_gives_two_vectors(tmp_path):
 @pytest.mark.parametrize('kind', ['concat', 'cross'])
 def test_task_measures_unit_variance_and_reaches_the_transformer(toy, kind):
     split, tok = toy
-    sr = ArmResolver(tok, ArmConfig(dit='d32x1', text_dim=16, conditioning=kind))
+    sr = VariantResolver(tok, SRVariantConfig(dit='d32x1', text_dim=16, conditioning=kind))
     hr, lr = encode_all(tok, split.images, split.text), conditions(sr, split.images, split.text)
     r = sr.measure(hr, lr).residual(hr, lr)
     assert abs(r.square().mean() - 1) < .05 and torch.allclose(sr.finish(r, lr), hr, atol=1e-4)
-    task = ArmTask(sr, hr, lr, split.text, 0., 0.)
+    task = SRVariantTask(sr, hr, lr, split.text, 0., 0.)
     a, b = (task.loss(0, np.arange(8), step_generator(0, 0))[0] for _ in range(2))
     assert torch.equal(a, b)
     a.backward()
@@ -144,7 +143,7 @@ def test_task_measures_unit_variance_and_reaches_the_transformer(toy, kind):
 
 def test_held_out_loss_of_a_model_that_says_nothing(toy):
     split, tok = toy
-    sr = ArmResolver(tok, ArmConfig(dit='d32x1', text_dim=16, prediction='epsilon', schedule='linear'))
+    sr = VariantResolver(tok, SRVariantConfig(dit='d32x1', text_dim=16, prediction='epsilon', schedule='linear'))
     hr, lr = encode_all(tok, split.images, split.text), conditions(sr, split.images, split.text)
     loss = held_out_loss(sr.measure(hr, lr), hr, lr, split.text, draws=3)
     assert {k: v.shape for k, v in loss.items()} == dict.fromkeys(('loss', 'epsilon', 'raw', 'relative'), (80,))
@@ -159,22 +158,22 @@ def test_arms_survive_the_file_and_know_their_tokenizer(toy, tmp_path):
     save_tokenizer(tmp_path/'a.safetensors', tok)
     from toksr.tokenizers.titok import load_tokenizer
     tok = load_tokenizer(tmp_path/'a.safetensors')
-    recipe = ArmRecipe(steps=2, batch=4, dit='d32x1', precision='no', warmup=1, conditioning='concat', positions='separate')
-    runs = {s: sr for s, (sr, _) in train_arms(recipe, [0, 3], split, tok, tmp_path/'ckpt').items()}
+    recipe = SRVariantRecipe(steps=2, batch=4, dit='d32x1', precision='no', warmup=1, conditioning='concat', positions='separate')
+    runs = {s: sr for s, (sr, _) in train_variants(recipe, [0, 3], split, tok, tmp_path/'ckpt').items()}
     assert not torch.equal(runs[0].dit.pos_embed, runs[3].dit.pos_embed)
-    save_arms(tmp_path/'arm.safetensors', runs, tmp_path/'a.safetensors', arm='x')
-    back = load_arms(tmp_path/'arm.safetensors', tmp_path/'a.safetensors')
+    save_variants(tmp_path/'arm.safetensors', runs, tmp_path/'a.safetensors', arm='x')
+    back = load_variants(tmp_path/'arm.safetensors', tmp_path/'a.safetensors')
     assert list(back) == [0, 3] and back[3].config == runs[3].config
     for s in back:
         for k, v in runs[s].state_dict().items(): assert torch.allclose(back[s].state_dict()[k], v, atol=2e-3, rtol=2e-3), k
     save_tokenizer(tmp_path/'b.safetensors', Tokenizer(tok.config, 1))
-    with pytest.raises(WeightsError, match='another tokenizer'): load_arms(tmp_path/'arm.safetensors', tmp_path/'b.safetensors')
-    with pytest.raises(WeightsError, match='expected arms'): load_arms(tmp_path/'a.safetensors', tmp_path/'a.safetensors')
+    with pytest.raises(WeightsError, match='another tokenizer'): load_variants(tmp_path/'arm.safetensors', tmp_path/'b.safetensors')
+    with pytest.raises(WeightsError, match='expected arms'): load_variants(tmp_path/'a.safetensors', tmp_path/'a.safetensors')
 
 
 def test_guidance_zero_ignores_the_condition(toy):
     split, tok = toy
-    sr = ArmResolver(tok, ArmConfig(dit='d32x1', text_dim=16))
+    sr = VariantResolver(tok, SRVariantConfig(dit='d32x1', text_dim=16))
     with torch.no_grad():
         for p in sr.dit.parameters(): p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(3)) * .1)
     lr, noise, text = encode_all(tok, split.images[:4], split.text.index(slice(0, 4)), 4), torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)), split.text.index(slice(0, 4))
@@ -190,7 +189,7 @@ def test_over_seeds_is_students_interval():
 
 def test_the_recipe_is_spelled_out_and_has_no_dead_fields():
     from toksr.pipeline.params import declared
-    names = {f.name for f in fields(ArmRecipe)}
+    names = {f.name for f in fields(SRVariantRecipe)}
     assert not names & {'perceptual', 'perceptual_net', 'perceptual_start', 'image', 'base'}
     assert names - {'seed'} <= set(declared(ROOT/'nbs/study/train_sr_arms.ipynb')) and {'drop_text', 'drop_lr', 'conditioning', 'positions'} <= names
 
@@ -201,6 +200,6 @@ def test_arms_of_a_comparison_differ_in_what_is_compared(profile):
     assert len(p) == 10, 'an arm is missing from the profile'
     allowed = {'conditioning', 'positions', 'drop_text', 'drop_lr', 'seeds'}
     for arm, v in p.items():
-        take(ArmRecipe, v | dict(seed=v['seeds'][0])).train_config()
+        take(SRVariantRecipe, v | dict(seed=v['seeds'][0])).train_config()
         assert {k for k in v if v[k] != p['shared'][k]} <= allowed, arm
     assert p['cross']['conditioning'] == 'cross' and p['cross_nodrop']['drop_lr'] == 0 and p['interpolated']['positions'] == 'interpolated'

@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
-from toksr.data.captions import article, BY_HAND, clean_caption, head_noun, MAX_WORDS
+from toksr.core.paths import stamps_dir
+from toksr.data.captions import article, BY_HAND, clean_caption, head_noun, MAX_WORDS, mtld, words
 from toksr.data.collections import coco_corpus, imagenet_enriched_corpus
 from toksr.data.corpora import collect, Corpus, folder_corpus, load_corpus, save_corpus
-from toksr.data.scenes import make_corpus, partial_captions, wrong_captions
 from toksr.data.images import BadImage, fit, read_image
-from toksr.data.captions import mtld, words
-from toksr.core.paths import stamps_dir
-from toksr.data.scenes import caption_of, COLOURS, load_textures, SceneMaker, SPLITS, TEXTURES
+from toksr.data.scenes import (
+    caption_of, COLOURS, load_textures, make_corpus, partial_captions, SceneMaker, SPLITS, TEXTURES,
+    wrong_captions,
+)
 from toksr.data.stamps import IS_PHOTO, load_stamps, look_alike, manifest, NO_MIRROR, novel_families, stamp_files
 
 GOLDEN = Path(__file__).parent/'golden'

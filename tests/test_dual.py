@@ -7,19 +7,18 @@ import torch
 from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler, PNDMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from toksr.core.weights import save_weights, WeightsError
 from toksr.data.degradations import downscale
+from toksr.diffusion.inversion import ddim_denoise, ddim_invert, GaussianOracle, mirrored
 from toksr.diffusion.schedules import draw_drops, make_schedule
 from toksr.dual.diffusion_branch import LatentConfig, LatentDiffusion
-from toksr.dual.dual_tokenizer import Codes, DualTokenizer
 from toksr.dual.diffusion_training import LatentRecipe, LatentTask, load_latent, save_latent, train_latent
-from toksr.dual.dual_tokenizer import begin_codes, decode_codes, encode_codes, take_codes
+from toksr.dual.dual_tokenizer import begin_codes, Codes, decode_codes, DualTokenizer, encode_codes, take_codes
+from toksr.encoders.text import Text
+from toksr.hub.stable_diffusion import load_diffusion, StableDiffusion
 from toksr.metrics.effects import effects, score
 from toksr.tokenizers.grid import KLf8, KLf8Config
-from toksr.core.weights import save_weights, WeightsError
-from toksr.diffusion.inversion import ddim_denoise, ddim_invert, GaussianOracle, mirrored
 from toksr.training.splits import Split
-from toksr.hub.stable_diffusion import load_diffusion, StableDiffusion
-from toksr.encoders.text import Text
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
 SD = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False, steps_offset=1)

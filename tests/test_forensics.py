@@ -3,9 +3,9 @@ import numpy as np
 import pytest
 import torch
 
+from toksr.encoders.lite0 import Lite0
 from toksr.metrics.forensics import distances, kid_difference, views, WAYS
 from toksr.metrics.sets import features, fid, set_metrics
-from toksr.encoders.lite0 import Lite0
 
 
 @pytest.fixture(scope='module')

@@ -7,26 +7,23 @@ import torch.nn.functional as F
 
 import toksr.tokenizers.cosmos
 import toksr.tokenizers.omni
-from toksr.metrics.alignment import AlignerRecipe, train_aligner
 from toksr.data.degradations import downscale
-from toksr.dual.diffusion_training import LatentRecipe, train_latent
-from toksr.tokenizers.grid_training import GridRecipe, train_grid
-from toksr.dual.guide import GuideRecipe
-from toksr.tokenizers.code_training import CodeRecipe, paint, train_codes
-from toksr.sr.training import super_resolve
-from toksr.tokenizers.running import encode_all, reconstruct
-from toksr.training.splits import Split
-from toksr.sr.srresnet import train_upscaler, UpscalerRecipe
-from toksr.sr.training import SRRecipe, train_sr
-from toksr.tokenizers.training import TokenizerRecipe, train_tokenizer
-from toksr.sr.latent_training import BaselineRecipe, load_space, resolve, train_baseline
-from toksr.dual.semantic_training import answers_of, encode_images, SemanticRecipe, train_semantic
-from toksr.sr.variants import conditions, SRVariantRecipe, train_variants
 from toksr.data.images import to_float
-from toksr.training.splits import home, on_gpu
+from toksr.dual.diffusion_training import LatentRecipe, train_latent
+from toksr.dual.guide import GuideRecipe
+from toksr.dual.semantic_training import answers_of, encode_images, SemanticRecipe, train_semantic
 from toksr.encoders.text import Text
-from toksr.tokenizers.variants import code_use, train_variant, VariantRecipe as TextArmRecipe
-from toksr.tokenizers.variants import train_vq, VQRecipe
+from toksr.metrics.alignment import AlignerRecipe, train_aligner
+from toksr.sr.latent_training import BaselineRecipe, load_space, resolve, train_baseline
+from toksr.sr.srresnet import train_upscaler, UpscalerRecipe
+from toksr.sr.training import SRRecipe, super_resolve, train_sr
+from toksr.sr.variants import conditions, SRVariantRecipe, train_variants
+from toksr.tokenizers.code_training import CodeRecipe, paint, train_codes
+from toksr.tokenizers.grid_training import GridRecipe, train_grid
+from toksr.tokenizers.running import encode_all, reconstruct
+from toksr.tokenizers.training import TokenizerRecipe, train_tokenizer
+from toksr.tokenizers.variants import code_use, train_variant, train_vq, VariantRecipe as TextArmRecipe, VQRecipe
+from toksr.training.splits import home, on_gpu, Split
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason='no GPU')
 CPU, SHORT = torch.device('cpu'), dict(steps=3, batch=4, warmup=1)
@@ -108,7 +105,7 @@ def test_codes(split, tmp_path, family):
 def test_text_arms(split, tmp_path):
     own = PLAIN | dict(n_tokens=8, width=8, size='d64x2', linear_path=True, perceptual_start=0.)
     vq, _ = train_vq(VQRecipe(bottleneck='vq', codes=64, **own), split, tmp_path)
-    sane(train_arm(TextArmRecipe(**own), split, root=tmp_path)[0], vq)
+    sane(train_variant(TextArmRecipe(**own), split, root=tmp_path)[0], vq)
     assert 0 < code_use(vq, split)['used'] <= 1
 
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 import yaml
 
+from toksr.core.weights import save_weights, WeightsError
+from toksr.pipeline.params import check, declared
 from toksr.tokenizers.grid import build
 from toksr.tokenizers.grid_training import GridRecipe, GridTask, load_grid, save_grid
-from toksr.core.weights import save_weights, WeightsError
 from toksr.training.losses import LossConfig, TokenizerLoss
-from toksr.pipeline.params import check, declared
 from toksr.training.recipes import take
 
 ROOT = Path(__file__).resolve().parents[1]

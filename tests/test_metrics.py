@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from scipy.linalg import sqrtm
 from torch import Tensor
 
+from toksr.core.stats import bootstrap
 from toksr.data.degradations import downscale
+from toksr.encoders.lite0 import Lite0
 from toksr.metrics.per_image import in_float32, per_image, psnr, ssim, summarise
 from toksr.metrics.sets import features, fid, frechet, kid, kid_interval, real_floor, set_metrics
-from toksr.core.stats import bootstrap
-from toksr.encoders.lite0 import Lite0
 
 
 @pytest.fixture(scope='module')

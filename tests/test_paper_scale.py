@@ -5,16 +5,16 @@ from pathlib import Path
 import pytest
 import torch
 
+from toksr.encoders.text import Text
 from toksr.pipeline.costs import (
     adversarial_share, cost, count_parameters, disk, paper_networks, saved_bytes, sr_stages, tokenizer_stage,
 )
-from toksr.training.losses import Discriminator, LossConfig, TokenizerLoss
 from toksr.pipeline.params import section
 from toksr.sr.training import SRRecipe
-from toksr.tokenizers.training import TokenizerRecipe
-from toksr.training.recipes import take
-from toksr.encoders.text import Text
 from toksr.tokenizers.titok import Tokenizer
+from toksr.tokenizers.training import TokenizerRecipe
+from toksr.training.losses import Discriminator, LossConfig, TokenizerLoss
+from toksr.training.recipes import take
 
 ROOT = Path(__file__).resolve().parents[1]
 

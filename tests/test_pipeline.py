@@ -109,7 +109,7 @@ def _append(path, kind, text):
 
 def test_comments_docstrings_and_prose_train_nothing(made):
     "An edit that changes no syntax tree reruns the fingerprint stage alone; so does prose, for stages that train"
-    for f in sorted((made.d/'toksr').glob('[a-z]*.py')): f.write_text(f.read_text()+'\n# a comment\n')
+    for f in sorted((made.d/'toksr').rglob('[a-z]*.py')): f.write_text(f.read_text()+'\n# a comment\n')
     ran = made.ran()
     assert ran <= {'code', 'site'} and 'code' in ran
     trained = sorted((made.d/'nbs/study').glob('*train*.ipynb'))

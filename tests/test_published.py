@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from golden_fill import tensor
-from toksr.tokenizers.cosmos import FSQ
 from toksr.core.weights import save_weights, WeightsError
 from toksr.hub.grids import load_cosmos, load_dalle, published_dalle, PublishedCosmos, PublishedKL, PublishedOmni
+from toksr.tokenizers.cosmos import FSQ
 
 
 def dalle_states(hidden=64, codes=512, start=8, std=.15):

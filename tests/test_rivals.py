@@ -6,21 +6,20 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from toksr.data.degradations import downscale, upscale
-from toksr.layers.dit import DiTConfig
-from toksr.diffusion.flow import denoise, edm_loss, euler_sample, flow_loss, heun_sample, karras_sigmas, SIGMA_MAX
 from toksr.core.weights import WeightsError
-from toksr.sr.latent import BaselineConfig, BaselineResolver, token_ridge
-from toksr.tokenizers.titok import save_tokenizer
-from toksr.training.splits import Split
-from toksr.sr.pixels import InfDiT, Lite0Space, PixelPatches, small_patches, with_quality
+from toksr.data.degradations import downscale, upscale
+from toksr.diffusion.flow import denoise, edm_loss, euler_sample, flow_loss, heun_sample, karras_sigmas, SIGMA_MAX
+from toksr.encoders.text import Text
 from toksr.hub.super_resolution import InfDiTCommand, StableDiffusion3
+from toksr.layers.dit import DiTConfig
+from toksr.sr.latent import BaselineConfig, BaselineResolver, token_ridge
 from toksr.sr.latent_training import (
     BaselineRecipe, BaselineTask, build_baseline, load_baseline, load_space, resolve, save_baseline,
 )
-from toksr.encoders.text import Text
-from toksr.tokenizers.titok import PCATokenizer
+from toksr.sr.pixels import InfDiT, Lite0Space, PixelPatches, small_patches, with_quality
+from toksr.tokenizers.titok import PCATokenizer, save_tokenizer
 from toksr.training.loop import step_generator
+from toksr.training.splits import Split
 
 
 @pytest.fixture(scope='module')
@@ -64,9 +63,9 @@ def test_a_patch_is_where_it_should_be():
 
 
 @pytest.mark.parametrize('call, name', [(lambda: PixelPatches(30, 4), 'patch'), (lambda: PixelPatches(32).encode(torch.rand(1, 3, 16, 16)), 'image'), (lambda: PixelPatches(32).decode(torch.rand(1, 3, 48)), 'z'),
-                                        (lambda: small_patches(torch.rand(1, 3, 7, 8)), 'patch'), (lambda: load_space('4d', ''), 'space'), (lambda: RivalRecipe(net='unet').config(), 'net'),
+                                        (lambda: small_patches(torch.rand(1, 3, 7, 8)), 'patch'), (lambda: load_space('4d', ''), 'space'), (lambda: BaselineRecipe(net='unet').config(), 'net'),
                                         (lambda: token_ridge(torch.rand(3, 2, 2), torch.rand(4, 2, 2)), 'token_ridge'), (lambda: BaselineConfig(net='infdit'), 'text_dim'), (lambda: BaselineConfig(dit='Z'), 'dit'),
-                                        (lambda: RivalTask(None, None, None, drop=2.), 'drop'), (lambda: karras_sigmas(0), 'steps')])
+                                        (lambda: BaselineTask(None, None, None, drop=2.), 'drop'), (lambda: karras_sigmas(0), 'steps')])
 def test_bad_input_is_named(call, name):
     with pytest.raises(ValueError, match=name): call()
 
@@ -123,7 +122,7 @@ def test_residual_is_undone_answers_do_not_depend_on_neighbours_and_all_is_train
     noise = torch.randn(3, *r.shape[1:], generator=torch.Generator().manual_seed(1))
     out = sr.upscale(small[:3], text.index([0, 1, 2]), noise, 0, steps=2)
     assert out.shape == (3, 3, 32, 32) and torch.allclose(sr.upscale(small[1:2], text.index([1]), noise[1:2], 0, steps=2), out[1:2], atol=1e-4)
-    task = RivalTask(sr, world[1], text, .25, 0.)
+    task = BaselineTask(sr, world[1], text, .25, 0.)
     loss, _ = task.loss(0, np.arange(6), step_generator(0, 0))
     loss.backward()
     dead = [n for n, p in sr.dit.named_parameters() if p.grad is None or not p.grad.any()]
@@ -161,7 +160,7 @@ def test_quality_text_turns_the_vector_and_zero_leaves_it(world):
 
 def test_tables_and_tokens_made_on_the_way_are_the_same(world):
     sr, hr, lr, _ = resolver(world, PixelPatches(32, 4))
-    tasks = RivalTask(sr, world[1], world[2]), RivalTask(sr, world[1], world[2], tables=(hr, lr))
+    tasks = BaselineTask(sr, world[1], world[2]), BaselineTask(sr, world[1], world[2], tables=(hr, lr))
     a, b = (t.pair(np.arange(5)) for t in tasks)
     assert all(torch.allclose(x, y, atol=1e-6) for x, y in zip(a[:3], b[:3]))
 
@@ -175,13 +174,13 @@ def test_files_come_back_and_know_their_tokenizer(world, tmp_path):
     file = tmp_path/'tok.safetensors'
     save_tokenizer(file, Tokenizer(TokenizerConfig(**shape)))
     for space, f in (('pixels', ''), ('1d', file)):
-        sr = build_rival(RivalRecipe(dit='d64x2', fit_on=60, precision='no'), split, load_space(space, f, 32, 8)).eval()
-        again = load_rival(save_rival(tmp_path/f'{space}.safetensors', sr, space, f), f)
+        sr = build_baseline(BaselineRecipe(dit='d64x2', fit_on=60, precision='no'), split, load_space(space, f, 32, 8)).eval()
+        again = load_baseline(save_baseline(tmp_path/f'{space}.safetensors', sr, space, f), f)
         small = downscale(torch.from_numpy(pixels[:2]), 4)
         assert torch.allclose(resolve(again, small, text.index([0, 1]), steps=1), resolve(sr, small, text.index([0, 1]), steps=1), atol=.02)
     save_tokenizer(tmp_path/'other.safetensors', Tokenizer(TokenizerConfig(**shape), 1))
-    with pytest.raises(WeightsError, match='trained on tok.safetensors'): load_rival(tmp_path/'1d.safetensors', tmp_path/'other.safetensors')
-    with pytest.raises(WeightsError, match='expected a rival'): load_rival(file)
+    with pytest.raises(WeightsError, match='trained on tok.safetensors'): load_baseline(tmp_path/'1d.safetensors', tmp_path/'other.safetensors')
+    with pytest.raises(WeightsError, match='expected a rival'): load_baseline(file)
 
 
 # -- published -------------------------------------------------------------------------------------------------------------------------------

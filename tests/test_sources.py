@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from toksr.data.scenes import make_corpus
-from toksr.training.splits import load_split
 from toksr.core.paths import ROOT
 from toksr.data.collections import longest, PHOTOGRAPHS, photographs
+from toksr.data.scenes import make_corpus
+from toksr.training.splits import load_split
 
 
 @pytest.fixture(scope='module')

@@ -8,12 +8,11 @@ import toksr.training.splits
 from toksr.data.corpora import save_corpus
 from toksr.data.scenes import make_corpus
 from toksr.tokenizers.running import encode_all
-from toksr.training.splits import load_split
-from toksr.training.splits import home, on_gpu
 from toksr.tokenizers.titok import Tokenizer
 from toksr.tokenizers.towers import TokenizerConfig
 from toksr.training.loop import fit, Task
 from toksr.training.optimizers import TrainConfig
+from toksr.training.splits import home, load_split, on_gpu
 
 
 @pytest.fixture(scope='module')

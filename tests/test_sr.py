@@ -4,14 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from toksr.data.degradations import downscale
 from toksr.core.weights import WeightsError
-from toksr.sr.training import load_sr, save_sr, super_resolve
-from toksr.tokenizers.titok import load_tokenizer, save_tokenizer
-from toksr.sr.super_resolver import ridge, SRConfig, SuperResolver
-from toksr.sr.training import SRTask
+from toksr.data.degradations import downscale
 from toksr.encoders.text import Text
-from toksr.tokenizers.titok import PCATokenizer, Tokenizer
+from toksr.sr.super_resolver import ridge, SRConfig, SuperResolver
+from toksr.sr.training import load_sr, save_sr, SRTask, super_resolve
+from toksr.tokenizers.titok import load_tokenizer, PCATokenizer, save_tokenizer, Tokenizer
 from toksr.tokenizers.towers import TokenizerConfig
 from toksr.training.loop import step_generator
 

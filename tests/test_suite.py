@@ -8,16 +8,16 @@ import pytest
 import torch
 import yaml
 
+from toksr.encoders.text import Text
+from toksr.metrics.randomization import decline, effects, progressive, replacement
+from toksr.metrics.sets import inception_score
 from toksr.pipeline.diagrams import draw_sr, draw_tokenizer, Sketch, watch
+from toksr.pipeline.registry import describe, ENTRIES, load_entry, text_aware, ZOO
+from toksr.sr.super_resolver import SRConfig, SuperResolver
 from toksr.tokenizers.grid_training import build_grid, GridRecipe, save_grid
 from toksr.tokenizers.titok import save_tokenizer
-from toksr.metrics.randomization import decline, effects, progressive, replacement
-from toksr.sr.super_resolver import SRConfig, SuperResolver
-from toksr.metrics.sets import inception_score
-from toksr.pipeline.registry import describe, ENTRIES, load_entry, text_aware, ZOO
-from toksr.encoders.text import Text
-from toksr.tokenizers.variants import VariantTokenizer
 from toksr.tokenizers.towers import TokenizerConfig
+from toksr.tokenizers.variants import VariantTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = yaml.safe_load((ROOT/'nbs/study/paper_numbers.yaml').read_text())['toksr']

@@ -160,7 +160,7 @@ class Counting:
 def test_a_cache_written_in_chunks_is_that_of_one_piece(tmp_path, monkeypatch):
     minilm, captions = toksr.encoders.text.caption_encoder(), [f'A photo of {n} cats.' for n in range(7)]
     whole = cached(minilm, captions, tmp_path/'a', torch.float16)
-    monkeypatch.setattr(toksr.encoders.text, 'CHUNK', 2*4*minilm.size)
+    monkeypatch.setattr(toksr.encoders.text_cache, 'CHUNK', 2*4*minilm.size)
     parts = cached(minilm, captions, tmp_path/'b', torch.float16)
     torch.testing.assert_close(parts.states, whole.states, atol=1e-3, rtol=1e-2)
     assert torch.equal(parts.mask, whole.mask) and torch.allclose(parts.empty.states, whole.empty.states, atol=1e-3)

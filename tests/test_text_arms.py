@@ -7,23 +7,22 @@ import pytest
 import torch
 import yaml
 
-from toksr.data.degradations import blur, corrupt, LEVELS, missing, noise
 from toksr.core.weights import WeightsError
-from toksr.tokenizers.titok import load_tokenizer, save_tokenizer
-from toksr.training.splits import Split
-from toksr.pipeline.params import check, declared
-from toksr.training.recipes import take
+from toksr.data.degradations import blur, corrupt, LEVELS, missing, noise
 from toksr.encoders.text import Text
 from toksr.metrics.effects import caption_variants, object_masks, region_psnr, seed_effect, split_masks, verdict
-from toksr.tokenizers.variants import (
-    build_variant, code_use, load_variant, start_from, StartRecipe, train_variant, VariantRecipe,
-    VariantTokenizer,
-)
+from toksr.pipeline.params import check, declared
+from toksr.tokenizers.titok import load_tokenizer, save_tokenizer
 from toksr.tokenizers.towers import TokenizerConfig
-from toksr.tokenizers.variants import train_vq, VQRecipe
+from toksr.tokenizers.variants import (
+    build_variant, code_use, load_variant, start_from, StartRecipe, train_variant, train_vq, VariantRecipe,
+    VariantTokenizer, VQRecipe,
+)
+from toksr.training.recipes import take
+from toksr.training.splits import Split
 
 ROOT = Path(__file__).resolve().parents[1]
-NOTEBOOKS = dict(train_arms=ArmRecipe, train_vq_arms=VQRecipe, train_text_effect=ArmRecipe, train_initialisation=StartRecipe)
+NOTEBOOKS = dict(train_arms=VariantRecipe, train_vq_arms=VQRecipe, train_text_effect=VariantRecipe, train_initialisation=StartRecipe)
 
 
 def _text(n, width=8, length=5):
@@ -42,40 +41,40 @@ TINY = dict(steps=3, batch=4, patch=8, n_tokens=4, width=4, size='d32x1', percep
 @pytest.mark.parametrize('text_in', ['none', 'decoder', 'both'])
 @pytest.mark.parametrize('bottleneck', ['kl', 'vq'])
 def test_every_arm_trains_saves_and_loads(tmp_path, text_in, bottleneck):
-    split, recipe = _split(), ArmRecipe(text_in=text_in, bottleneck=bottleneck, **TINY)
-    tok, result = train_arm(recipe, split, root=tmp_path/'ckpt')
+    split, recipe = _split(), VariantRecipe(text_in=text_in, bottleneck=bottleneck, **TINY)
+    tok, result = train_variant(recipe, split, root=tmp_path/'ckpt')
     assert result.log[-1]['step'] == 3 and np.isfinite(result.log[-1]['loss'])
-    first = build_arm(recipe, split).state_dict()
+    first = build_variant(recipe, split).state_dict()
     assert not any(torch.equal(v, first[k]) for k, v in tok.state_dict().items() if 'c_fc.weight' in k)
     path = save_tokenizer(tmp_path/'a.safetensors', tok, arm='x')
-    x, back = torch.rand(2, 3, 32, 32), load_arm(path)
+    x, back = torch.rand(2, 3, 32, 32), load_variant(path)
     z = back.encode(x, split.text.index(slice(2)))
-    assert z.shape == (2, 4, 4) and torch.equal(back.decode(z, split.text.index(slice(2))), load_arm(path).decode(z, split.text.index(slice(2))))
+    assert z.shape == (2, 4, 4) and torch.equal(back.decode(z, split.text.index(slice(2))), load_variant(path).decode(z, split.text.index(slice(2))))
     assert torch.allclose(load_tokenizer(path).decode(z, split.text.index(slice(2))), back.decode(z, split.text.index(slice(2))), atol=1e-5)
     assert back.bits == (4 * 4 * 16 if bottleneck == 'kl' else 4 * 3)
 
 
 def test_the_weight_of_the_codebook_loss_decides_the_training_and_nothing_else(tmp_path):
-    "At weight 1 it is the arm of `train_arm`, bit for bit; at another it learns something else; the file is an arm's"
+    "At weight 1 it is the arm of `train_variant`, bit for bit; at another it learns something else; the file is an arm's"
     split = _split()
-    plain, _ = train_arm(ArmRecipe(bottleneck='vq', **TINY), split, root=tmp_path/'a')
+    plain, _ = train_variant(VariantRecipe(bottleneck='vq', **TINY), split, root=tmp_path/'a')
     one, _ = train_vq(VQRecipe(bottleneck='vq', vq=1., **TINY), split, tmp_path/'b')
     less, _ = train_vq(VQRecipe(bottleneck='vq', vq=.03, **TINY), split, tmp_path/'c')
     assert all(torch.equal(v, w) for v, w in zip(plain.state_dict().values(), one.state_dict().values()))
     assert not all(torch.equal(v, w) for v, w in zip(one.state_dict().values(), less.state_dict().values()))
-    assert load_arm(save_tokenizer(tmp_path/'x.safetensors', less)).bits == less.bits
+    assert load_variant(save_tokenizer(tmp_path/'x.safetensors', less)).bits == less.bits
     with pytest.raises(ValueError, match='bottleneck'): train_vq(VQRecipe(bottleneck='kl', **TINY), split)
 
 
 def test_gradients_reach_every_parameter():
-    tok, text = ArmTokenizer(ArmRecipe(bottleneck='vq', **TINY).config(32, 8, 5)), _text(3)
+    tok, text = VariantTokenizer(VariantRecipe(bottleneck='vq', **TINY).config(32, 8, 5)), _text(3)
     recon, _, losses = tok(torch.rand(3, 3, 32, 32), text)
     (recon.square().mean() + losses['vq']).backward()
     assert not [n for n, p in tok.named_parameters() if p.grad is None or not p.grad.any()]
 
 
 def test_snapping_is_exact_idempotent_and_straight_through():
-    tok = ArmTokenizer(ArmRecipe(bottleneck='vq', text_in='none', **TINY).config(32, 8, 5)).eval()
+    tok = VariantTokenizer(VariantRecipe(bottleneck='vq', text_in='none', **TINY).config(32, 8, 5)).eval()
     z = (torch.randn(2, 4, 4, generator=torch.Generator().manual_seed(1)) * .1).requires_grad_()
     near = tok.snap(z)
     codes = tok.quantize.embedding.weight
@@ -83,14 +82,14 @@ def test_snapping_is_exact_idempotent_and_straight_through():
     best = torch.cdist(z.detach().flatten(0, 1), codes).min(1).values.view(2, 4)
     assert torch.allclose((near - z).detach().norm(dim=-1), best, atol=1e-5)
     tok.decode(z).sum().backward(); assert z.grad.abs().sum() > 0
-    vae = ArmTokenizer(replace(tok.config, bottleneck='kl'))
+    vae = VariantTokenizer(replace(tok.config, bottleneck='kl'))
     assert vae.snap(z) is z
     with pytest.raises(ValueError, match='codebook'): vae.indices(torch.rand(1, 3, 32, 32))
 
 
 def test_code_use_counts():
     split = _split()
-    tok = ArmTokenizer(ArmRecipe(bottleneck='vq', **TINY).config(32, 8, 5)).eval()
+    tok = VariantTokenizer(VariantRecipe(bottleneck='vq', **TINY).config(32, 8, 5)).eval()
     with torch.no_grad(): tok.encoder.conv_out.weight.zero_(); tok.encoder.conv_out.bias.zero_(); tok.quantize.embedding.weight[3] = 0
     use = code_use(tok, split)
     assert (use['used'], use['bits'], use['bits_entropy']) == (1 / 8, 12., 0.) and use['perplexity'] == pytest.approx(1)
@@ -98,37 +97,37 @@ def test_code_use_counts():
 
 def test_starts_take_what_they_say_and_differ_only_there(tmp_path):
     split, both = _split(), StartRecipe(**TINY)
-    ta = ArmTokenizer(replace(both, text_in='decoder', seed=5).config(32, 8, 5), 5)
+    ta = VariantTokenizer(replace(both, text_in='decoder', seed=5).config(32, 8, 5), 5)
     taken = {}
     for start in ('random', 'encoder', 'both', 'frozen'):
-        tok = start_from(build_arm(both, split), ta.state_dict(), start)
+        tok = start_from(build_variant(both, split), ta.state_dict(), start)
         taken[start] = {k for k, v in tok.state_dict().items() if k in ta.state_dict() and torch.equal(v, ta.state_dict()[k]) and v.any() and not (v == 1).all()}
     assert not {k for k in taken['encoder'] if k.startswith('decoder.transformer')} and {k for k in taken['encoder'] if k.startswith('encoder.transformer')}
     assert taken['both'] == taken['frozen'] > taken['encoder'] and not any(k.endswith('c_fc.weight') for k in taken['random'])
-    own = build_arm(both, split).state_dict()
+    own = build_variant(both, split).state_dict()
     words = [k for k in own if k.startswith('encoder.text_guidance')]
-    assert len(words) == 3 and all(torch.equal(start_from(build_arm(both, split), ta.state_dict(), 'both').state_dict()[k], own[k]) for k in words)
-    a, _ = train_arm(replace(both, start='encoder'), split, ta.state_dict(), tmp_path)
-    other = ArmTokenizer(ta.config, 6)
-    b, _ = train_arm(replace(both, start='encoder'), split, other.state_dict(), tmp_path)     # the same recipe from other weights does not find the first run
+    assert len(words) == 3 and all(torch.equal(start_from(build_variant(both, split), ta.state_dict(), 'both').state_dict()[k], own[k]) for k in words)
+    a, _ = train_variant(replace(both, start='encoder'), split, ta.state_dict(), tmp_path)
+    other = VariantTokenizer(ta.config, 6)
+    b, _ = train_variant(replace(both, start='encoder'), split, other.state_dict(), tmp_path)     # the same recipe from other weights does not find the first run
     assert not torch.equal(a.latent_tokens, b.latent_tokens)
-    f, _ = train_arm(replace(both, start='frozen'), split, ta.state_dict(), tmp_path)
+    f, _ = train_variant(replace(both, start='frozen'), split, ta.state_dict(), tmp_path)
     assert all(torch.equal(v, ta.state_dict()[k]) for k, v in f.state_dict().items() if k.startswith('decoder.')) and not torch.equal(f.latent_tokens, ta.latent_tokens)
 
 
 def test_starts_refuse_what_does_not_fit():
-    tok = ArmTokenizer(StartRecipe(**TINY).config(32, 8, 5))
+    tok = VariantTokenizer(StartRecipe(**TINY).config(32, 8, 5))
     with pytest.raises(ValueError, match='start: expected one of'): start_from(tok, {}, 'half')
     with pytest.raises(WeightsError, match='has nothing'): start_from(tok, {}, 'encoder')
     with pytest.raises(WeightsError, match=r'needs \(4, 32\)'): start_from(tok, tok.state_dict() | {'latent_tokens': torch.zeros(4, 64)}, 'encoder')
-    with pytest.raises(ValueError, match='source'): train_arm(StartRecipe(start='encoder', **TINY), _split())
+    with pytest.raises(ValueError, match='source'): train_variant(StartRecipe(start='encoder', **TINY), _split())
 
 
 def test_released_ta_titok_fits_the_encoder():
     "The published key list has all that a start takes, at the published sizes"
     golden = [line.split() for line in (ROOT/'tests/golden/tatitok_bl32_keys.txt').read_text().splitlines() if line.strip() and not line.startswith('#')] if (ROOT/'tests/golden/tatitok_bl32_keys.txt').exists() else []
     if not golden: pytest.skip('no golden key list')
-    with torch.device('meta'): tok = ArmTokenizer(replace(StartRecipe(size='base', decoder_size='large', start='both').config(256, 768, 77), activation='gelu'))
+    with torch.device('meta'): tok = VariantTokenizer(replace(StartRecipe(size='base', decoder_size='large', start='both').config(256, 768, 77), activation='gelu'))
     published = {g[0] for g in golden}
     missing_keys = set(tok.state_dict()) - published
     assert missing_keys == {k for k in tok.state_dict() if k.startswith('encoder.text_guidance')} and not published - set(tok.state_dict())

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from golden_fill import fill_, tensor
 
-from toksr.layers.pca import component_scale, fit_pca, pixels
 from toksr.encoders.text import Text
+from toksr.layers.pca import component_scale, fit_pca, pixels
 from toksr.tokenizers.titok import PCATokenizer, Tokenizer
 from toksr.tokenizers.towers import INITS, size, TokenizerConfig, TOKENIZERS
 

@@ -18,8 +18,8 @@ from train_cases import CASES, N, Gan, Plain
 
 from toksr.training import checkpoints as checkpoint
 from toksr.training.checkpoints import Checkpoint, forget, NonFiniteError, read_checkpoint, write_checkpoint
-from toksr.training.optimizers import ema_model, lr_factor, Optimizers, param_groups, TrainConfig
 from toksr.training.loop import batch_indices, fit, Log, seed_everything, step_generator, StopOnNonFinite, Task
+from toksr.training.optimizers import ema_model, lr_factor, Optimizers, param_groups, TrainConfig
 
 QUIET = [StopOnNonFinite()]
 

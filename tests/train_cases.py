@@ -12,8 +12,8 @@ from torch import nn
 
 from toksr.training import checkpoints as checkpoint
 from toksr.training.checkpoints import Checkpoint
-from toksr.training.optimizers import TrainConfig
 from toksr.training.loop import fit, Log, seed_everything, StopOnNonFinite, Task
+from toksr.training.optimizers import TrainConfig
 
 N = 40
 

@@ -79,7 +79,7 @@ class Module:
         "Note where the names of an import come from"
         if isinstance(n, ast.Import):
             for a in n.names:
-                if a.name.split('.')[0] != PACKAGE: self.outside[a.asname or a.name.split('.')[0]] = ast.unparse(n)
+                if a.name.split('.')[0] != PACKAGE: self.outside[a.asname or a.name.split('.')[0]] = f'import {a.name} as {a.asname}'
                 else: self.imported[a.asname or a.name] = (a.name, '')
             return
         base = '.'.join([*(self.name.split('.')[:-n.level] if n.level else []), *([n.module] if n.module else [])])
@@ -134,6 +134,11 @@ class House:
                 todo += [self.modules[n] for n in new]
         return found
 
+    def with_module(self, m: Module) -> list[tuple[Module, int]]:
+        "Statements that come with a module, whatever of it is used: those that bind no name, and modules that it imports as a whole"
+        whole = [t[0] for k in m.imported if (t := self.find(m, k)) and not t[1]]
+        return [(m, j) for j in m.effects] + [(w, j) for w in whole for j in range(len(w.statements))]
+
     def subclasses(self, m: Module, i: int) -> Iterator[tuple[Module, str]]:
         "Classes of the package that derive from the class in statement `i`, if it takes note of them"
         s = m.statements[i]
@@ -151,12 +156,11 @@ class House:
     def reached(self, study: Module) -> dict[tuple[str, int], Module]:
         "The statements that a study reaches, by module and place"
         found, todo, around = {}, [(study, i) for i in range(len(study.statements))], self.below(study)
-        todo += [(where[0], i) for k in study.imported if (where := self.find(study, k)) and not where[1] for i in range(len(where[0].statements))]
         while todo:
             m, i = todo.pop()
             if (m.name, i) in found: continue
+            if m.name not in {name for name, _ in found}: todo += self.with_module(m)
             found[m.name, i] = m
-            todo += [(m, j) for j in m.effects]
             targets = [t for k in m.used[i] if (t := self.find(m, k))] + [t for t in self.subclasses(m, i) if t[0].name in around]
             for other, name in targets: todo += [(other, j) for j in (other.defined[name] if name else range(len(other.statements)))]
         return found

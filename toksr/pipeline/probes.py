@@ -166,17 +166,17 @@ def run_probe(
     notebook: Path,             # the study
     folder: Path,               # to run in; holds the corpus and the weights it needs
     shake: int = 0,             # see `listening`
-) -> Left:
-    "Run a probe; the curves of its losses and the summaries of the weights it wrote"
+) -> tuple[Left, dict[Path, bytes]]:
+    "Run a probe; the curves of its losses and the summaries of the weights it wrote, and those files"
     written = lambda: {p: p.stat().st_mtime_ns for d in ('models', 'reports') for p in sorted((folder/d).rglob('*')) if p.suffix in SUMMARIES}
     before = written()
     with chdir(folder), listening(probe.stop, shake) as heard:
         try: run_cells(notebook, probe.values)
         except Stopped: run_cells(notebook, probe.values)
-    found = curves(heard)
-    for p, t in written().items():
-        if before.get(p) != t: found |= {f'{p.relative_to(folder).as_posix()}/{k}': v for k, v in SUMMARIES[p.suffix](p).items()}
-    return {k: [None if x is None else float(f'{x:.7g}') for x in v] for k, v in found.items()}
+    found, files = curves(heard), [p for p, t in written().items() if before.get(p) != t]
+    for p in files: found |= {f'{p.relative_to(folder).as_posix()}/{k}': v for k, v in SUMMARIES[p.suffix](p).items()}
+    left = {k: [None if x is None else float(f'{x:.7g}') for x in v] for k, v in found.items()}
+    return left, {q: q.read_bytes() for p in files for q in p.parent.glob(f'{p.name}*')}
 
 # %% ../../nbs/pipeline/05_probes.ipynb #64e1de56
 FLOOR, GROWTH, CEILING, FACTOR = 1e-3, 5, .02, 20        # of the tolerance
@@ -232,9 +232,14 @@ class Probes:
         key = study, name, json.dumps(probe.values, sort_keys=True)
         if key not in self.done:
             if not (self.folder/'build/corpus').is_dir(): self.prepare()
-            for n in probe.needs: self.run(*n.split('/'))
+            for n in probe.needs: self.provide(*n.split('/'))
             self.done[key] = run_probe(probe, self.root/f'nbs/study/{study}.ipynb', self.folder, self.shake)
-        return self.done[key]
+        return self.done[key][0]
+
+    def provide(self, study: str, name: str) -> None:
+        "Have the weights of a probe in place, whatever ran since"
+        self.run(study, name)
+        for path, content in self.done[study, name, json.dumps(self.all[study][name].values, sort_keys=True)][1].items(): path.write_bytes(content)
 
     def prepare(self) -> None:
         "A folder that looks like the project to the code that runs in it"
