@@ -1,7 +1,9 @@
 """Weights and inputs for the golden tests, the same on every machine.
 
-A number depends only on the name of its tensor and its place in it: CRC-32 of the name and the index go through the splitmix64
-mixer, and the top 53 bits become a float in [0,1). No random generator of any library is involved, so no version can change it.
+A number depends only on the name of its tensor and its place in it: CRC-32 of the name and the index go through the
+splitmix64
+mixer, and the top 53 bits become a float in [0,1). No random generator of any library is involved, so no version can
+change it.
 """
 import zlib
 
@@ -29,9 +31,11 @@ def tensor(name: str, shape: tuple[int, ...], lo: float = -1., hi: float = 1.) -
 
 @torch.no_grad()
 def fill_(module: torch.nn.Module, std: float = .05) -> torch.nn.Module:
-    "Overwrite a module's state by key: norm gains near 1, everything else uniform with the given std; fixed kernels stay."
+    """Overwrite a module's state by key: norm gains near 1, everything else uniform with the given std; fixed
+    kernels stay."""
     for name, value in module.state_dict().items():
         if not value.is_floating_point() or name.endswith('kernel'): continue
         is_gain = value.ndim == 1 and name.endswith('weight')
-        value.copy_(1 + tensor(name, value.shape, -.1, .1) if is_gain else tensor(name, value.shape, -std * 3**.5, std * 3**.5))
+        value.copy_(1 + tensor(name, value.shape, -.1, .1) if is_gain
+                    else tensor(name, value.shape, -std * 3**.5, std * 3**.5))
     return module

@@ -1,4 +1,5 @@
-"Bad input anywhere ends in one clear line and leaves nothing half written: one test per kind, at the door where a user would bring it"
+"""Bad input anywhere ends in one clear line and leaves nothing half written: one test per kind, at the door where a
+user would bring it"""
 import os
 import shutil
 import subprocess
@@ -38,7 +39,8 @@ def weights(tmp_path):
     return save_weights(tmp_path / 'tiny.safetensors', Tokenizer(TokenizerConfig(**TINY)), {'config': TINY})
 
 
-# ---- weights -----------------------------------------------------------------------------------------------------------------
+# ---- weights
+# -----------------------------------------------------------------------------------------------------------------
 
 def test_good_weights_are_taken(weights):
     tok = from_checkpoint(weights, build)
@@ -61,22 +63,29 @@ def test_damaged_weights(weights, damage):
     if damage == 'flip': path.write_bytes(data[:-9] + bytes([data[-9] ^ 4]) + data[-8:])
     if damage == 'empty': path.write_bytes(b'')
     if damage == 'no seal': Path(f'{path}.sha256').unlink()
-    if damage == 'pickle': path = path.with_suffix('.pth'); torch.save({'w': torch.ones(2)}, path); seal(path)
+    if damage == 'pickle':
+        path = path.with_suffix('.pth')
+        torch.save({'w': torch.ones(2)}, path)
+        seal(path)
     if damage == 'gone': path.unlink()
-    if damage == 'folder': path.unlink(); path.mkdir()
+    if damage == 'folder':
+        path.unlink()
+        path.mkdir()
     with pytest.raises((WeightsError, FileNotFoundError)) as e: from_checkpoint(path, build)
     assert path.name in one_line(e)
 
 
 def test_metadata_of_another_model(weights):
     state, _ = load_weights(weights)
-    for meta in ({}, {'config': {**TINY, 'n_tokenz': 4}}, {'config': {**TINY, 'text_in': 'everywhere'}}, {'config': {**TINY, 'n_tokens': 5}}):
+    for meta in ({}, {'config': {**TINY, 'n_tokenz': 4}}, {'config': {**TINY, 'text_in': 'everywhere'}},
+                 {'config': {**TINY, 'n_tokens': 5}}):
         save_weights(weights, state, meta)
         with pytest.raises(ValueError) as e: from_checkpoint(weights, build)
         one_line(e)
 
 
-# ---- settings ----------------------------------------------------------------------------------------------------------------
+# ---- settings
+# ----------------------------------------------------------------------------------------------------------------
 
 def test_wrong_profile_name(tmp_path, monkeypatch):
     shutil.copytree(ROOT / 'profiles', tmp_path / 'profiles')
@@ -90,7 +99,9 @@ def test_wrong_profile_name(tmp_path, monkeypatch):
     assert (tmp_path / 'params.yaml').read_bytes() == before
 
 
-@pytest.mark.parametrize('word', ['warmup=0', 'warmup=1.5', 'warmup=many', 'warmup=10000000', 'wormup=5', 'sizes=[1', 'warmup', 'seconds=nan', 'batches=[0]'])
+@pytest.mark.parametrize('word',
+                         ['warmup=0', 'warmup=1.5', 'warmup=many', 'warmup=10000000', 'wormup=5', 'sizes=[1', 'warmup',
+                          'seconds=nan', 'batches=[0]'])
 def test_parameter_out_of_range(tmp_path, word, monkeypatch, capsys):
     "Refused before a kernel starts (no kernel could start here: it would be the test that fails)"
     monkeypatch.chdir(tmp_path)
@@ -104,18 +115,24 @@ def test_parameter_out_of_range(tmp_path, word, monkeypatch, capsys):
     assert not out.exists()
 
 
-@pytest.mark.parametrize('make', [lambda: TrainConfig(lr=-1), lambda: TrainConfig(steps=0), lambda: TrainConfig(precision='fp8'),
-                                  lambda: TokenizerConfig(image=30), lambda: TokenizerConfig(text_in='some'), lambda: Tokenizer(TokenizerConfig(encoder='tiny'))])
+@pytest.mark.parametrize('make',
+                         [lambda: TrainConfig(lr=-1), lambda: TrainConfig(steps=0),
+                          lambda: TrainConfig(precision='fp8'),
+                                  lambda: TokenizerConfig(image=30), lambda: TokenizerConfig(text_in='some'),
+                                  lambda: Tokenizer(TokenizerConfig(encoder='tiny'))])
 def test_settings_in_code(make):
     with pytest.raises(ValueError) as e: make()
     one_line(e)
 
 
-# ---- pictures and captions ---------------------------------------------------------------------------------------------------
+# ---- pictures and captions
+# ---------------------------------------------------------------------------------------------------
 
 def test_an_image_that_is_not_one(tmp_path):
-    real = tmp_path / 'real.png'; Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(real)
-    cases = {'text.png': b'hello', 'empty.jpg': b'', 'cut.png': real.read_bytes()[:-30], 'zip.png': b'PK\x03\x04' + b'0' * 40}
+    real = tmp_path / 'real.png'
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(real)
+    cases = {'text.png': b'hello', 'empty.jpg': b'', 'cut.png': real.read_bytes()[:-30],
+             'zip.png': b'PK\x03\x04' + b'0' * 40}
     for name, data in cases.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(BadImage) as e: read_image(tmp_path / name)
@@ -125,7 +142,9 @@ def test_an_image_that_is_not_one(tmp_path):
     assert read_image(real).shape == (8, 8, 3)
 
 
-@pytest.mark.parametrize('image', [torch.zeros(1, 3, 31, 32), torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32), torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.full((1, 3, 32, 32), 255.)])
+@pytest.mark.parametrize('image',
+                         [torch.zeros(1, 3, 31, 32), torch.zeros(3, 32, 32), torch.zeros(1, 1, 32, 32),
+                          torch.zeros(1, 3, 32, 32, dtype=torch.uint8), torch.full((1, 3, 32, 32), 255.)])
 def test_a_tensor_that_is_not_an_image(image):
     tok = Tokenizer(TokenizerConfig(**{**TINY, 'text_in': 'none'}))
     with pytest.raises(ValueError, match='image: expected') as e: tok.encode(image)
@@ -134,9 +153,11 @@ def test_a_tensor_that_is_not_an_image(image):
 
 def test_a_caption_of_ten_thousand_characters(recwarn):
     encoder = MiniLM()
-    hostile = ['tiger ' * 1667, 'x' * 10_000, '', '\0\n\r\t', '\u202eabc', '../../etc/passwd', '$(rm -rf /)', '{{ x }}', '<script>', '\ud800', '🐯' * 5000]
+    hostile = ['tiger ' * 1667, 'x' * 10_000, '', '\0\n\r\t', '\u202eabc', '../../etc/passwd', '$(rm -rf /)', '{{ x }}',
+               '<script>', '\ud800', '🐯' * 5000]
     text = encoder.encode(hostile)
-    assert text.states.shape == (len(hostile), 24, 384) and text.states.isfinite().all() and text.pooled.isfinite().all()
+    assert text.states.shape == (len(hostile), 24,
+                                 384) and text.states.isfinite().all() and text.pooled.isfinite().all()
     assert any('lose their end' in str(w.message) for w in recwarn.list)
     assert torch.allclose(text.states[2], text.empty.states[0])
     for bad in ('one string', [None], [3]):
@@ -151,7 +172,8 @@ def test_captions_that_do_not_belong():
         one_line(e)
 
 
-# ---- data and folders --------------------------------------------------------------------------------------------------------
+# ---- data and folders
+# --------------------------------------------------------------------------------------------------------
 
 def test_missing_data(tmp_path, monkeypatch):
     monkeypatch.setenv('TOKSR_STAMPS', str(tmp_path))
@@ -165,10 +187,14 @@ def test_checkpoints_into_a_file(tmp_path):
     one_line(e)
 
 
-@pytest.mark.parametrize('command', [['toksr.pipeline.profiles', 'labtop'], ['toksr.pipeline.run', 'nbs/study/gone.ipynb', 'out.ipynb'], ['toksr.pipeline.run', 'README.md', 'out.ipynb']])
+@pytest.mark.parametrize('command',
+                         [['toksr.pipeline.profiles', 'labtop'],
+                          ['toksr.pipeline.run', 'nbs/study/gone.ipynb', 'out.ipynb'],
+                          ['toksr.pipeline.run', 'README.md', 'out.ipynb']])
 def test_command_lines_say_one_line(command):
     "Through the door itself: exit status 1 or 2, one line on stderr, no traceback"
     code = f'from {command[0]} import main; main({command[1:]!r})'
-    p = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    p = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True,
+                       env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert p.returncode and p.stderr.count('\n') == 1 and 'Traceback' not in p.stderr, p.stderr
     assert not (ROOT / 'out.ipynb').exists()

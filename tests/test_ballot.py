@@ -15,11 +15,13 @@ METHODS = ('SEED-like', 'LaVIT-like', 'dual')
 
 def _ballot(n=3, secret='s'):
     rng = np.random.default_rng(0)
-    return make_ballot('Which is <most> like it?', rng.random((n, 8, 8, 3)), {m: rng.random((n, 8, 8, 3)) for m in METHODS}, secret)
+    return make_ballot('Which is <most> like it?', rng.random((n, 8, 8, 3)),
+                       {m: rng.random((n, 8, 8, 3)) for m in METHODS}, secret)
 
 
 def _file(folder, ballot, voter, order):
-    ranks = {f's{i}': [next(k for k, v in ballot.key.items() if v == [i, m]) for m in order] for i in range(len(ballot.originals))}
+    ranks = {f's{i}': [next(k for k, v in ballot.key.items() if v == [i, m]) for m in order]
+             for i in range(len(ballot.originals))}
     (folder/f'votes-{voter}.json').write_text(json.dumps(dict(ballot=ballot_id(ballot), voter=voter, ranks=ranks)))
 
 
@@ -53,7 +55,8 @@ def test_points_and_agreement(place):
 
 
 @pytest.mark.parametrize('spoil, says', [
-    (lambda v: v | dict(ballot='0' * 16), 'is of ballot'), (lambda v: v | dict(ranks={'s0': []}), 'row s0'), (lambda v: v | dict(voter='a'), 'voted in'),
+    (lambda v: v | dict(ballot='0' * 16), 'is of ballot'), (lambda v: v | dict(ranks={'s0': []}), 'row s0'),
+    (lambda v: v | dict(voter='a'), 'voted in'),
     (lambda v: [1], 'expected a file saved')])
 def test_what_cannot_count_is_named(place, spoil, says):
     folder, ballot = place
@@ -65,7 +68,8 @@ def test_what_cannot_count_is_named(place, spoil, says):
 
 
 def test_unequal_sets_are_refused():
-    with pytest.raises(ValueError, match='expected 2 pictures'): make_ballot('x', np.zeros((2, 4, 4, 3)), {'a': np.zeros((2, 4, 4, 3)), 'b': np.zeros((1, 4, 4, 3))})
+    with pytest.raises(ValueError, match='expected 2 pictures'):
+        make_ballot('x', np.zeros((2, 4, 4, 3)), {'a': np.zeros((2, 4, 4, 3)), 'b': np.zeros((1, 4, 4, 3))})
 
 
 @pytest.fixture
@@ -76,9 +80,12 @@ def browser(place):
     assert found and driver, 'this test clicks in a browser: apt-get install chromium chromium-driver (make test does)'
     options = webdriver.ChromeOptions()
     options.binary_location = found
-    for a in ('--headless=new', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking', '--disable-component-update', '--disable-sync',
+    for a in ('--headless=new', '--no-sandbox', '--disable-gpu', '--no-first-run', '--disable-background-networking',
+              '--disable-component-update', '--disable-sync',
               '--disable-dev-shm-usage', '--window-size=1100,1400'): options.add_argument(a)
-    options.add_experimental_option('prefs', {'download.default_directory': str(place[0]), 'download.prompt_for_download': False})
+    options.add_experimental_option('prefs',
+                                    {'download.default_directory': str(place[0]),
+                                     'download.prompt_for_download': False})
     page = webdriver.Chrome(options, webdriver.ChromeService(driver))
     page.get((place[0]/'ballot.html').as_uri())
     yield page
@@ -96,7 +103,8 @@ def test_a_person_votes_in_a_browser(place, browser):
     for i, row in enumerate(browser.find_elements(By.CLASS_NAME, 'set')):
         buttons = row.find_elements(By.TAG_NAME, 'button')
         assert len(buttons) == 3 and all(b.find_element(By.TAG_NAME, 'img').size['width'] == 192 for b in buttons)
-        buttons[0].click(); buttons[0].click()                          # taken back
+        buttons[0].click()
+        buttons[0].click()                          # taken back
         for b in (buttons[2], buttons[0], buttons[1]): b.click()
         want[ballot.key[buttons[2].get_attribute('data-mark')][0]] = ballot.key[buttons[2].get_attribute('data-mark')][1]
     assert browser.find_element(By.ID, 'left').text == 'complete' and save().is_enabled()

@@ -30,10 +30,12 @@ def test_kl_layout_mode_and_sample():
 
 
 def test_kl_clamps_and_stays_float32():
-    moments = torch.zeros(1, 8, 1, 6); moments[:, 4:] = 1e4
+    moments = torch.zeros(1, 8, 1, 6)
+    moments[:, 4:] = 1e4
     with torch.autocast('cpu', torch.bfloat16): z, losses = KL()(moments.bfloat16(), gen())
     assert z.dtype == losses['kl'].dtype == torch.float32 and z.isfinite().all()
-    assert losses['kl'].isfinite() and abs(losses['kl'].item() / (24 * .5 * (torch.tensor(20.).exp().item() - 21)) - 1) < 1e-5
+    assert losses['kl'].isfinite() and abs(losses['kl'].item() / (24 * .5
+                                                                  * (torch.tensor(20.).exp().item() - 21)) - 1) < 1e-5
     assert KL().bits(32, 16) == 8192
 
 
@@ -42,7 +44,8 @@ def test_kl_clamps_and_stays_float32():
 @pytest.mark.parametrize('codes, width, scale', [(8192, 64, 1.), (512, 8, 1.), (300, 3, 1e-3), (64, 16, 30.)])
 def test_nearest_is_brute_force(codes, width, scale):
     "Every index, compared with exact distances in float64."
-    x, book = scale * torch.randn(60 if codes > 1000 else 400, width, generator=gen()), scale * torch.randn(codes, width, generator=gen(1))
+    x, book = scale * torch.randn(60 if codes > 1000 else 400, width, generator=gen()), scale * torch.randn(codes,
+            width, generator=gen(1))
     want = ((x.double()[:, None] - book.double()[None])**2).sum(-1).argmin(1)
     assert torch.equal(nearest(x, book), want)
 
@@ -55,7 +58,8 @@ def test_straight_through_and_losses():
     flat = x.detach()[:, :, 0].transpose(1, 2)
     torch.testing.assert_close(z.detach(), vq.lookup(vq.indices(x)).detach())
     mse = (z.detach() - flat).square().mean()
-    torch.testing.assert_close(losses['vq'].detach(), 1.25 * mse); torch.testing.assert_close(losses['commit'].detach(), mse)
+    torch.testing.assert_close(losses['vq'].detach(), 1.25 * mse)
+    torch.testing.assert_close(losses['commit'].detach(), mse)
     upstream = torch.randn(z.shape, generator=g)
     grad, book = torch.autograd.grad(z, (x, vq.embedding.weight), upstream, retain_graph=True, allow_unused=True)
     assert torch.equal(grad[:, :, 0].transpose(1, 2), upstream) and book is None
@@ -72,8 +76,10 @@ def test_usage():
 
 @pytest.mark.parametrize('revive', REVIVALS)
 def test_revival(revive):
-    "Codes far from all tokens end near them when revived (but those that won tokens at first: they count as used), else stay."
-    g = gen(); vq = VQ(64, 4, revive=revive)
+    """Codes far from all tokens end near them when revived (but those that won tokens at first: they count as
+    used), else stay."""
+    g = gen()
+    vq = VQ(64, 4, revive=revive)
     with torch.no_grad(): vq.embedding.weight.copy_(50 + torch.randn(64, 4, generator=g))
     before = vq.embedding.weight.detach().clone()
     batches = torch.randn(3, 16, 4, 1, 8, generator=g)
@@ -89,12 +95,16 @@ def test_revival(revive):
 
 def test_used_codes_are_left_alone():
     "A code that gets its share of the tokens hardly moves."
-    vq = VQ(4, 2, revive='closest'); corners = torch.tensor([[1., 1], [1, -1], [-1, 1], [-1, -1]])
-    with torch.no_grad(): vq.embedding.weight.copy_(corners); vq.embed_prob.fill_(.25)
+    vq = VQ(4, 2, revive='closest')
+    corners = torch.tensor([[1., 1], [1, -1], [-1, 1], [-1, -1]])
+    with torch.no_grad():
+        vq.embedding.weight.copy_(corners)
+        vq.embed_prob.fill_(.25)
     vq((corners + .1)[..., None, None])
     torch.testing.assert_close(vq.embedding.weight.detach(), corners)
 
 
 def test_refusals():
     with pytest.raises(ValueError, match="revive: expected one of"): VQ(4, 2, revive='sometimes')
-    with pytest.raises(ValueError, match='pass a generator'): anchors(torch.zeros(3, 2), torch.zeros(4, 2), 'random', None)
+    with pytest.raises(ValueError, match='pass a generator'):
+        anchors(torch.zeros(3, 2), torch.zeros(4, 2), 'random', None)

@@ -32,11 +32,15 @@ def test_what_is_reached_is_transitive_relative_and_lazy(house):
 
 
 @pytest.mark.parametrize('file,text,changes', [
-    ('b', 'two = 2   # the second\n\n', False), ('b', '"""Module docs"""\ntwo = (2)', False), ('b', 'two = 3', True), ('b', 'unused = 6\ntwo = 2', False), ('d', 'x = 2', False),
-    ('a', 'from .b import two\ndef one():\n    """Other docs"""\n    return two', False), ('a', 'from .b import two\ndef one(): return two', False),
-    ('a', 'from .b import two\ndef one():\n    return two, "Docs"', True), ('c', 'def f(): pass', True), ('a', 'from .d import x as two\ndef one(): return two', True),
+    ('b', 'two = 2   # the second\n\n', False), ('b', '"""Module docs"""\ntwo = (2)', False), ('b', 'two = 3', True),
+    ('b', 'unused = 6\ntwo = 2', False), ('d', 'x = 2', False),
+    ('a', 'from .b import two\ndef one():\n    """Other docs"""\n    return two', False),
+    ('a', 'from .b import two\ndef one(): return two', False),
+    ('a', 'from .b import two\ndef one():\n    return two, "Docs"', True), ('c', 'def f(): pass', True),
+    ('a', 'from .d import x as two\ndef one(): return two', True),
     ('c', 'def f():\n    from toksr.d import one\n    return one()', True), ('c', f'{C}\ndef g(): return 1', False),
-    ('a', 'two = 2\ndef one(): return two', False), ('a', 'import math\nfrom .b import two\ndef one(): return two', False),
+    ('a', 'two = 2\ndef one(): return two', False),
+    ('a', 'import math\nfrom .b import two\ndef one(): return two', False),
     ('a', f'{A}\nimport torch\ntorch.set_num_threads(1)', True)])
 def test_what_counts(house, file, text, changes):
     before = now(house)
@@ -55,9 +59,11 @@ def test_modules_may_be_renamed_and_definitions_moved(house):
 
 
 def test_two_functions_of_one_name_exchanged(house):
-    (house/'toksr/c.py').write_text('from .a import one\nfrom .d import one as other\ndef f(): return one() + 2 * other()')
+    (house/'toksr/c.py').write_text('from .a import one\nfrom .d import one as other\ndef f(): return one() + 2 '
+                                    '* other()')
     before = now(house)
-    (house/'toksr/c.py').write_text('from .d import one\nfrom .a import one as other\ndef f(): return one() + 2 * other()')
+    (house/'toksr/c.py').write_text('from .d import one\nfrom .a import one as other\ndef f(): return one() + 2 '
+                                    '* other()')
     assert now(house) != before
 
 
@@ -69,7 +75,8 @@ def test_what_comes_from_other_packages_counts(house):
 
 
 def test_a_module_imported_as_a_whole_and_subclasses_that_are_noted(house):
-    (house/'toksr/b.py').write_text('class Base:\n    kinds = {}\n    def __init_subclass__(cls): Base.kinds[cls.__name__] = cls\ntwo = Base.kinds')
+    (house/'toksr/b.py').write_text('class Base:\n    kinds = {}\n    def __init_subclass__(cls): '
+                                    'Base.kinds[cls.__name__] = cls\ntwo = Base.kinds')
     (house/'toksr/d.py').write_text('from .b import Base\nclass One(Base): pass\nother = 3')
     before = now(house)
     (house/'toksr/c.py').write_text('import toksr.d\n' + C)

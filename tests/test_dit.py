@@ -31,12 +31,312 @@ def loud(model, seed=0):
 
 def inputs(b=3, config=TINY, empty=True):
     n, d, c = config.n_tokens, config.token_dim, config.text_dim
-    none = Text(randn(1, 5, c, seed=8), randn(1, c, seed=9), torch.tensor([[True, True, False, False, False]])) if empty else None
-    text = Text(randn(b, 5, c, seed=1), randn(b, c, seed=2), torch.arange(5) < torch.tensor([5, 2, 3, 4, 1, 5])[:b, None], none)
-    return dict(x=randn(b, n, d, seed=3), t=torch.tensor([0, 500, 999, 3, 77, 250])[:b], text=text, lr=randn(b, n, d, seed=4))
+    none = Text(randn(1, 5, c, seed=8), randn(1, c, seed=9),
+                torch.tensor([[True, True, False, False, False]])) if empty else None
+    text = Text(randn(b, 5, c, seed=1), randn(b, c, seed=2),
+                torch.arange(5) < torch.tensor([5, 2, 3, 4, 1, 5])[:b, None], none)
+    return dict(x=randn(b, n, d, seed=3), t=torch.tensor([0, 500, 999, 3, 77, 250])[:b], text=text,
+                lr=randn(b, n, d, seed=4))
 
 
-# --- parity with DiT -----------------------------------------------------------------------------------------------------------------------
+# --- parity with DiT
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# -----------------------------------------------------------------------------------------------------------------------
 class DiT2D(nn.Module):
     "The class-conditional image DiT, built around our blocks."
     def __init__(self, size, patch, channels, width, depth, heads, classes, out):
@@ -68,7 +368,8 @@ def grid_positions(side, width):
 @pytest.mark.parametrize('how', ['sdpa', 'math'])
 def test_equals_reference_dit(how):
     fill = runpy.run_path(str(GOLDEN / 'fill.py'))
-    model = DiT2D(16, 2, 4, 96, 3, 6, 10, 8); fixed = model.pos_embed.detach().clone()
+    model = DiT2D(16, 2, 4, 96, 3, 6, 10, 8)
+    fixed = model.pos_embed.detach().clone()
     fill['fill_'](model, .05)
     with torch.no_grad(): model.pos_embed.copy_(fixed)
     for block in model.blocks: block.attn.how = how
@@ -97,7 +398,8 @@ def test_token_dit_keeps_reference_names():
 @pytest.mark.parametrize('changes', [{}, dict(cross_attention=False), dict(text_dim=0), dict(positions='separate', type_embedding=True),
                                      dict(conditioning='none'), dict(attention='math'), dict(gate=1., tie_qk=True)])
 def test_output_is_zero_at_init(changes):
-    config = replace(TINY, **changes); kw = inputs()
+    config = replace(TINY, **changes)
+    kw = inputs()
     if config.text_dim == 0: kw.pop('text')
     if config.conditioning == 'none': kw.pop('lr')
     out = TokenDiT(config)(**kw)
@@ -114,7 +416,8 @@ def test_every_parameter_learns():
 
 def test_new_cross_attention_changes_nothing():
     plain = loud(TokenDiT(replace(TINY, cross_attention=False)))
-    model = TokenDiT(TINY); missing = model.load_state_dict(plain.state_dict(), strict=False)
+    model = TokenDiT(TINY)
+    missing = model.load_state_dict(plain.state_dict(), strict=False)
     assert not missing.unexpected_keys and all('cross' in k or 'states_embedder' in k for k in missing.missing_keys)
     assert torch.allclose(model(**inputs()), plain(**inputs()), atol=1e-6)
 
@@ -130,10 +433,15 @@ def test_init_table():
 
 
 def test_departures_of_the_start_are_named_and_off_by_default():
-    torch.manual_seed(0); paper = TokenDiT(TINY); torch.manual_seed(0); quick = TokenDiT(replace(TINY, gate=1., tie_qk=True))
-    q, k, _ = quick.blocks[0].attn.qkv.weight.chunk(3); shift, scale, gate, *_ = quick.blocks[0].adaLN_modulation[1].bias.chunk(6)
+    torch.manual_seed(0)
+    paper = TokenDiT(TINY)
+    torch.manual_seed(0)
+    quick = TokenDiT(replace(TINY, gate=1., tie_qk=True))
+    q, k, _ = quick.blocks[0].attn.qkv.weight.chunk(3)
+    shift, scale, gate, *_ = quick.blocks[0].adaLN_modulation[1].bias.chunk(6)
     assert torch.equal(q, k) and gate.eq(1).all() and shift.eq(0).all() and scale.eq(0).all()
-    kw = inputs(); own = lambda m: attention_maps(m, **kw | dict(lr=kw['x']))[0][:, :, :6, :6].diagonal(dim1=-2, dim2=-1).mean()
+    kw = inputs()
+    own = lambda m: attention_maps(m, **kw | dict(lr=kw['x']))[0][:, :, :6, :6].diagonal(dim1=-2, dim2=-1).mean()
     assert own(quick) > 1.5 * own(paper)                                                     # looks at its own position first
 
 
@@ -199,7 +507,8 @@ def test_positions_and_types():
 
 def test_attention_choices_agree_and_maps_do_not_disturb():
     a, b = loud(TokenDiT(TINY)), loud(TokenDiT(replace(TINY, attention='math')))
-    kw = inputs(); y = a(**kw)
+    kw = inputs()
+    y = a(**kw)
     assert torch.allclose(y, b(**kw), atol=1e-5)
     maps, words = attention_maps(a, **kw), attention_maps(a, kind='cross', **kw)
     assert len(maps) == len(words) == 2 and maps[0].shape == (3, 4, 12, 12) and words[0].shape == (3, 4, 12, 5)
@@ -213,7 +522,9 @@ def test_attention_choices_agree_and_maps_do_not_disturb():
 
 def test_first_map_is_the_softmax_of_q_and_k():
     model, kw = loud(TokenDiT(TINY)), inputs()
-    h = model.rows(kw['x'], kw['lr'], None, None); c, _, _ = model.condition(kw['t'], kw['text'], None); block = model.blocks[0]
+    h = model.rows(kw['x'], kw['lr'], None, None)
+    c, _, _ = model.condition(kw['t'], kw['text'], None)
+    block = model.blocks[0]
     shift, scale = block.adaLN_modulation(c).chunk(6, -1)[:2]
     ln = nn.LayerNorm(32, elementwise_affine=False, eps=1e-6)(h) * (1 + scale[:, None]) + shift[:, None]
     q, k, _ = block.attn.qkv(ln).chunk(3, -1)
@@ -255,5 +566,6 @@ def test_wrong_configs_are_named(bad):
 def test_sizes():
     with torch.device('meta'):
         for name, (width, depth, heads) in SIZES.items():
-            m = TokenDiT(DiTConfig.named(name)); assert len(m.blocks) == depth and m.blocks[0].attn.heads == heads and m.config.width == width
+            m = TokenDiT(DiTConfig.named(name))
+            assert len(m.blocks) == depth and m.blocks[0].attn.heads == heads and m.config.width == width
     with pytest.raises(ValueError, match='use one of'): DiTConfig.named('huge')

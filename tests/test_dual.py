@@ -1,4 +1,5 @@
-"The dual tokenizer: inversion by the right rule and not the paper's, codes and streams, any size, Stable Diffusion's classes, training and files."
+"""The dual tokenizer: inversion by the right rule and not the paper's, codes and streams, any size, Stable
+Diffusion's classes, training and files."""
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,13 @@ from toksr.tokenizers.grid import KLf8, KLf8Config
 from toksr.training.splits import Split
 
 G = lambda seed=0: torch.Generator().manual_seed(seed)
-SD = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+SD = DDIMScheduler(beta_start=.00085, beta_end=.012, beta_schedule='scaled_linear', clip_sample=False,
+                   set_alpha_to_one=False, steps_offset=1)
 
 
 def text(n, length=5, dim=8, seed=0):
-    t = Text(torch.randn(n, length, dim, generator=G(seed)), torch.randn(n, dim, generator=G(seed+1)), torch.ones(n, length, dtype=torch.bool))
+    t = Text(torch.randn(n, length, dim, generator=G(seed)), torch.randn(n, dim, generator=G(seed+1)),
+             torch.ones(n, length, dtype=torch.bool))
     t.empty = Text(torch.zeros(1, length, dim), torch.zeros(1, dim), torch.ones(1, length, dtype=torch.bool))
     return t
 
@@ -65,7 +68,304 @@ class Ragged:
 IMAGES = torch.rand(7, 3, 32, 32, generator=G(5)) * torch.linspace(.2, 1, 7)[:, None, None, None]
 
 
-# -- inversion -------------------------------------------------------------------------------------------------------------------------------
+# -- inversion
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# -------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('steps, std, error', [(1000, .996, .0012), (50, 1.012, .025), (20, 1.025, .067)])
@@ -103,7 +403,8 @@ def test_the_papers_equation_9_diverges():
 
 @pytest.mark.parametrize('prediction', ['epsilon', 'v', 'sample'])
 def test_the_answer_of_a_model_may_be_any(prediction):
-    schedule = make_schedule('linear', prediction); z = torch.randn(20, 6, generator=G()) * .6
+    schedule = make_schedule('linear', prediction)
+    z = torch.randn(20, 6, generator=G()) * .6
     oracle = GaussianOracle(schedule, .6)
     reference = make_schedule('linear', 'epsilon')
     assert torch.allclose(ddim_invert(oracle, z, {}, schedule, 50), ddim_invert(GaussianOracle(reference, .6), z, {}, reference, 50), atol=2e-3)
@@ -181,7 +482,8 @@ def test_ragged_codes_of_batches_join():
 
 def test_strength_zero_is_the_autoencoder_and_inversion_brings_the_guide_back():
     model = awake(latent())
-    dual = DualTokenizer(model, Ragged(), Grey()); codes = dual.encode(IMAGES)
+    dual = DualTokenizer(model, Ragged(), Grey())
+    codes = dual.encode(IMAGES)
     guide = model.decode(model.encode(dual.guide_picture(codes, 32))).clamp(0, 1)
     assert torch.equal(dual.decode(codes, strength=0.), guide)
     errors = [(dual.decode(codes.only('guide'), steps=n, guidance=1.) - guide).abs().mean() for n in (5, 50)]
@@ -189,7 +491,8 @@ def test_strength_zero_is_the_autoencoder_and_inversion_brings_the_guide_back():
 
 
 def test_pictures_do_not_depend_on_their_batch():
-    dual = DualTokenizer(awake(latent()), Ragged(), Grey()); codes = dual.encode(IMAGES)
+    dual = DualTokenizer(awake(latent()), Ragged(), Grey())
+    codes = dual.encode(IMAGES)
     for c in (codes, codes.only('semantic'), codes.only('guide')):
         assert torch.allclose(decode_codes(dual, c, size=7, steps=4, guidance=2.), decode_codes(dual, c, size=3, steps=4, guidance=2.), atol=1e-4)
     assert not torch.allclose(decode_codes(dual, codes.only('semantic'), seed=1, steps=4), decode_codes(dual, codes.only('semantic'), steps=4), atol=1e-3)
@@ -197,7 +500,8 @@ def test_pictures_do_not_depend_on_their_batch():
 
 @pytest.mark.parametrize('how', [dict(steps=4), dict(steps=10, strength=.5)])
 def test_one_inversion_serves_every_text(how):
-    dual = DualTokenizer(awake(latent()), Ragged(), Grey()); codes = dual.encode(IMAGES)
+    dual = DualTokenizer(awake(latent()), Ragged(), Grey())
+    codes = dual.encode(IMAGES)
     begun = begin_codes(dual, codes, size=3, **how)
     for c, more in ((codes, dict(guidance=2.)), (codes.only('guide'), dict(guidance=1.)), (codes, dict(guidance=2., text=text(7)))):
         assert torch.equal(decode_codes(dual, c, size=3, **how, **more), decode_codes(dual, c, size=3, begun=begun, **how, **more))
@@ -205,7 +509,8 @@ def test_one_inversion_serves_every_text(how):
 
 
 def test_semantic_codes_count_only_where_they_are_read():
-    dual = DualTokenizer(awake(latent()), Ragged(), Grey()); codes = dual.encode(IMAGES)
+    dual = DualTokenizer(awake(latent()), Ragged(), Grey())
+    codes = dual.encode(IMAGES)
     other = Codes(torch.full_like(codes.semantic, -1), codes.guide)
     assert not torch.equal(dual.decode(codes, steps=4), dual.decode(other, steps=4))
     assert torch.equal(dual.decode(codes, steps=4, text=text(7)), dual.decode(other, steps=4, text=text(7)))
@@ -213,7 +518,8 @@ def test_semantic_codes_count_only_where_they_are_read():
 
 
 def test_noise_start_and_eta():
-    dual = DualTokenizer(awake(latent()), Ragged(), Grey()); codes = dual.encode(IMAGES)
+    dual = DualTokenizer(awake(latent()), Ragged(), Grey())
+    codes = dual.encode(IMAGES)
     noise = torch.randn(7, 4, 16, generator=G())
     assert torch.equal(dual.decode(codes, strength=0., start='noise', noise=noise), dual.decode(codes, strength=0.))
     assert not torch.equal(dual.decode(codes, strength=.5, steps=4, start='noise', noise=noise), dual.decode(codes, strength=.5, steps=4))
@@ -244,7 +550,8 @@ def sd():
 
 def test_stable_diffusion_answers_the_same_calls(sd):
     for name in ('size', 'at', 'latent_shape', 'schedule', 'encode', 'decode', 'blank'): assert hasattr(sd, name) and hasattr(latent(), name)
-    dual = DualTokenizer(sd, guide=Grey()); codes = dual.encode(IMAGES)
+    dual = DualTokenizer(sd, guide=Grey())
+    codes = dual.encode(IMAGES)
     assert dual.decode(codes, steps=5).shape == (7, 3, 16, 16) and dual.decode(codes, steps=2, size=32).shape == (7, 3, 32, 32)
     assert decode_codes(DualTokenizer(sd, guide=Grey()), codes, size=4, steps=2, text=sd.states(['a dog'] * 7)).shape == (7, 3, 16, 16)
 

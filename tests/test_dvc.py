@@ -1,4 +1,5 @@
-"dvc.yaml says what the notebooks do, parameters arrive in them, and the committed results are those of the committed sources."
+"""dvc.yaml says what the notebooks do, parameters arrive in them, and the committed results are those of the
+committed sources."""
 import ast
 import hashlib
 import json
@@ -39,17 +40,20 @@ def _call(stage):
     return rest[0], rest[1], sections, rest[2:]
 
 
-# -- the sentinel: what is given to a notebook is what it runs with -------------------------------------------------------------------------
+# -- the sentinel: what is given to a notebook is what it runs with
+# -------------------------------------------------------------------------
 
 
 def _sentinel(p):
     "A value of the declared type and range that is not the default"
-    if c := re.search(r'\{([^{}]*\|[^{}]*)\}\s*$', p.help): return next(v for s in c[1].split('|') if (v := params._typed(p.type, _number(s.strip(), p.type))) != p.default)
+    if c := re.search(r'\{([^{}]*\|[^{}]*)\}\s*$', p.help):
+        return next(v for s in c[1].split('|') if (v := params._typed(p.type, _number(s.strip(), p.type))) != p.default)
     if p.type.startswith('list['):
         one = params.Param(p.notebook, p.name, p.type[5:-1], None, p.help)
         found = [_sentinel(one)]
         return found if found != p.default else found*2
-    tries = {'int': [7919, 3, 2, 1, 0, 5, 16, 64], 'float': [.123, .5, .9, 2.5, 1e-4, 42.5], 'bool': [not p.default], 'str': ['sentinel-7919']}[p.type]
+    tries = {'int': [7919, 3, 2, 1, 0, 5, 16, 64], 'float': [.123, .5, .9, 2.5, 1e-4, 42.5], 'bool': [not p.default],
+             'str': ['sentinel-7919']}[p.type]
     if r := params._RANGE.search(p.help):
         lo, hi = float(r[2]), float(r[3])
         tries += [int(x) if p.type == 'int' else x for x in ((lo+hi)/2, lo, hi, (3*lo+hi)/4) if abs(x) < float('inf')]
@@ -73,12 +77,16 @@ def sentinel_check(notebook):
     assert len(at) == len(injected) == 1 and injected[0] == at[0]+1, f'{notebook}: values would not come right after the defaults'
     got = {}
     for i in (at[0], injected[0]):
-        for n in ast.parse(nb.cells[i].source).body: got[(n.target if isinstance(n, ast.AnnAssign) else n.targets[0]).id] = ast.literal_eval(n.value)
+        for n in ast.parse(nb.cells[i].source).body:
+            got[(n.target if isinstance(n, ast.AnnAssign) else n.targets[0]).id] = ast.literal_eval(n.value)
     assert got == values
-    later = [t.id for c in nb.cells[injected[0]+1:] if c.cell_type == 'code' for n in ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', c.source)).body
-             for t in (n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, (ast.AnnAssign, ast.AugAssign)) else []) if isinstance(t, ast.Name)]
+    later = [t.id for c in nb.cells[injected[0]+1:] if c.cell_type == 'code'
+             for n in ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', c.source)).body
+             for t in (n.targets if isinstance(n, ast.Assign) else [n.target]
+                       if isinstance(n, (ast.AnnAssign, ast.AugAssign)) else []) if isinstance(t, ast.Name)]
     assert not set(later) & set(values), f'{notebook}: a later cell overwrites {set(later) & set(values)}'
-    used = {n.id for c in nb.cells[injected[0]+1:] if c.cell_type == 'code' for n in ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', c.source))) if isinstance(n, ast.Name)}
+    used = {n.id for c in nb.cells[injected[0]+1:] if c.cell_type == 'code'
+            for n in ast.walk(ast.parse(re.sub(r'(?m)^\s*[%!].*$', '', c.source))) if isinstance(n, ast.Name)}
     assert 'globals' in used or set(values) <= used, f'{notebook}: declared and never used: {set(values)-used}'
 
 
@@ -88,29 +96,37 @@ def test_a_sentinel_passes_through(notebook):
 
 
 def _toy(path, tags=('parameters',), body='print(steps, text)', clean=()):
-    cells = [dict(cell_type='code', id='p', metadata=dict(tags=list(tags)), source="steps: int = 200  # [1, 9999]\ntext: str = 'both'  # {none|both}", outputs=[], execution_count=None),
+    cells = [dict(cell_type='code', id='p', metadata=dict(tags=list(tags)),
+                  source="steps: int = 200  # [1, 9999]\ntext: str = 'both'  # {none|both}", outputs=[],
+                  execution_count=None),
              dict(cell_type='code', id='q', metadata={}, source=body, outputs=[], execution_count=None)]
-    path.write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=dict(name='python3', display_name='python3', language='python')), nbformat=4, nbformat_minor=5)))
+    path.write_text(json.dumps(dict(cells=cells,
+                                    metadata=dict(kernelspec=dict(name='python3', display_name='python3',
+                                                                  language='python')), nbformat=4, nbformat_minor=5)))
     return path
 
 
 def test_the_sentinel_finds_what_it_is_for(tmp_path):
-    "The check passes a good notebook, also after nbdev-clean with this project's settings; and fails one whose tag was stripped, or that sets a parameter again"
+    """The check passes a good notebook, also after nbdev-clean with this project's settings; and fails one whose
+    tag was stripped, or that sets a parameter again"""
     (tmp_path/'pyproject.toml').write_text((ROOT/'pyproject.toml').read_text())
     good = _toy(tmp_path/'good.ipynb')
     sentinel_check(good)
     subprocess.run([Path(sys.executable).with_name('nbdev-clean'), '--fname', good.name], cwd=tmp_path, check=True)
     sentinel_check(good)
     with pytest.raises(ValueError, match='tagged'): sentinel_check(_toy(tmp_path/'a.ipynb', tags=()))
-    with pytest.raises(AssertionError, match='overwrites'): sentinel_check(_toy(tmp_path/'b.ipynb', body='steps = 3\nprint(steps, text)'))
-    with pytest.raises(AssertionError, match='never used'): sentinel_check(_toy(tmp_path/'c.ipynb', body='print(steps)'))
+    with pytest.raises(AssertionError, match='overwrites'):
+        sentinel_check(_toy(tmp_path/'b.ipynb', body='steps = 3\nprint(steps, text)'))
+    with pytest.raises(AssertionError, match='never used'):
+        sentinel_check(_toy(tmp_path/'c.ipynb', body='print(steps)'))
     bare = (tmp_path/'pyproject.toml').read_text()
     (tmp_path/'pyproject.toml').write_text(re.sub(r'(?m)^allowed_cell_metadata_keys.*$', '', bare))
     subprocess.run([Path(sys.executable).with_name('nbdev-clean'), '--fname', good.name], cwd=tmp_path, check=True)
     with pytest.raises(ValueError, match='tagged'): sentinel_check(good)      # so the setting is what protects us
 
 
-# -- dvc.yaml against the notebooks ---------------------------------------------------------------------------------------------------------
+# -- dvc.yaml against the notebooks
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_study_has_a_stage():
@@ -133,10 +149,11 @@ def test_a_stage_declares_what_it_names(stage):
     deps, outs = {d.def_path for d in stage.deps}, {o.def_path for o in stage.outs}
     assert f'build/code/{Path(notebook).stem}.txt' in deps and out in outs and (ROOT/notebook).is_file()
     for value in (w.split('=', 1)[1] for w in words):
-        if '/' not in value or value.endswith('.timing.json'): continue     # timings are no results: they differ each time
+        if '/' not in value or value.endswith('.timing.json'): continue  # timings are no results: they differ each time
         near = [k for k in deps | outs if k == value or k.startswith(value+'/') or value.startswith(k+'/')]
         assert near, f'{value} is neither a dependency nor an output of {stage.addressing}'
-    assert all(not o.use_cache for o in stage.outs if o.def_path.startswith(('reports/', 'models/'))), 'reports and models are in git: cache: false'
+    assert all(not o.use_cache for o in stage.outs
+               if o.def_path.startswith(('reports/', 'models/'))), 'reports and models are in git: cache: false'
 
 
 @pytest.mark.parametrize('profile', ['smoke', 'laptop', 'workstation', 'paper'])
@@ -156,7 +173,288 @@ def test_every_parameter_says_what_it_is(notebook):
     assert not loose, f'{notebook.name}: a range at the end of the comment, as [0, 1], for {loose}'
 
 
-# -- results ----------------------------------------------------------------------------------------------------------------------------------
+# -- results
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ----------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope='module')

@@ -34,13 +34,16 @@ PLAIN = SHORT | dict(precision='no')
 def split():
     g = torch.Generator().manual_seed(0)
     pixels = F.interpolate(torch.rand(96, 3, 8, 8, generator=g), size=64, mode='bicubic').clamp(0, 1)
-    text = lambda n: Text(torch.randn(n, 24, 384, generator=g), F.normalize(torch.randn(n, 384, generator=g), dim=-1), torch.ones(n, 24, dtype=torch.bool))
-    return Split('train', (255*pixels).byte().permute(0, 2, 3, 1).numpy(), ['']*96, [], [], replace(text(96), empty=text(1)))
+    text = lambda n: Text(torch.randn(n, 24, 384, generator=g), F.normalize(torch.randn(n, 384, generator=g), dim=-1),
+                          torch.ones(n, 24, dtype=torch.bool))
+    return Split('train', (255*pixels).byte().permute(0, 2, 3, 1).numpy(), ['']*96, [], [],
+                 replace(text(96), empty=text(1)))
 
 
 @pytest.fixture(scope='module')
 def tok(split, tmp_path_factory):
-    recipe = TokenizerRecipe(**SHORT, n_tokens=8, width=8, size='d64x2', linear_path=True, head_width=8, perceptual_start=0., flip=True, adv=.1, adv_start=1)
+    recipe = TokenizerRecipe(**SHORT, n_tokens=8, width=8, size='d64x2', linear_path=True, head_width=8,
+                             perceptual_start=0., flip=True, adv=.1, adv_start=1)
     return train_tokenizer(recipe, split, root=tmp_path_factory.mktemp('ckpt'))[0]
 
 
@@ -66,10 +69,12 @@ def test_tokenizer(tok, split): sane(tok, reconstruct(tok, split.images, split.t
 
 def test_super_resolver(tok, split, tmp_path):
     sr, _ = train_sr(SRRecipe(**SHORT, dit='d128x6', retouch=8, image_start=0.), split, tok, tmp_path)
-    sane(sr, sr.tokenizer, super_resolve(sr, downscale(to_float(split.images[:8]), 4), split.text.index(slice(0, 8)), steps=2, guidance=2.))
+    sane(sr, sr.tokenizer, super_resolve(sr, downscale(to_float(split.images[:8]), 4), split.text.index(slice(0, 8)),
+                                         steps=2, guidance=2.))
 
 
-def test_upscaler(split, tmp_path): sane(train_upscaler(UpscalerRecipe(**SHORT, channels=8, blocks=1, perceptual_start=0.), split, tmp_path)[0])
+def test_upscaler(split, tmp_path):
+    sane(train_upscaler(UpscalerRecipe(**SHORT, channels=8, blocks=1, perceptual_start=0.), split, tmp_path)[0])
 
 
 @pytest.mark.parametrize('kind', ['concat', 'cross'])
@@ -80,12 +85,15 @@ def test_arms(tok, split, tmp_path, kind):
 
 @pytest.mark.parametrize('kind', ['flow', 'infdit'])
 def test_rivals(tok, split, tmp_path, kind):
-    how = dict(objective='flow', pretokenise=True) if kind == 'flow' else dict(net='infdit', objective='edm', captions=False, drop=0.)
-    sr, _ = train_baseline(BaselineRecipe(**PLAIN, dit='d64x2', fit_on=64, **how), split, tok if kind == 'flow' else load_space('pixels', '', 64, 8), tmp_path)
+    how = dict(objective='flow', pretokenise=True) if kind == 'flow' else dict(net='infdit', objective='edm',
+                                                                               captions=False, drop=0.)
+    sr, _ = train_baseline(BaselineRecipe(**PLAIN, dit='d64x2', fit_on=64, **how), split,
+                           tok if kind == 'flow' else load_space('pixels', '', 64, 8), tmp_path)
     sane(sr, resolve(sr, downscale(to_float(split.images[:8]), 4), split.text.index(slice(0, 8)), steps=2))
 
 
-GRIDS = dict(dalle=dict(width=16, channels=(8, 8, 16, 16), rec=0., codes=64), kl_f8=dict(channels=(8, 16, 16)), omni=dict(width=8, hidden=32, heads=2, codes=64),
+GRIDS = dict(dalle=dict(width=16, channels=(8, 8, 16, 16), rec=0., codes=64), kl_f8=dict(channels=(8, 16, 16)),
+             omni=dict(width=8, hidden=32, heads=2, codes=64),
              cosmos=dict(levels=(8, 8, 8, 5, 5, 5), width=6, channels=(16, 16), stem=16, inner=16))
 
 @pytest.mark.parametrize('family', GRIDS)
@@ -97,7 +105,8 @@ def test_grids(split, tmp_path, family):
 @pytest.mark.parametrize('family', ['vqgan', 'movq', 'var', 'lfq', 'guide'])
 def test_codes(split, tmp_path, family):
     wide = 10 if family == 'lfq' else 8
-    recipe = GuideRecipe(**PLAIN, base=32, codes=64) if family == 'guide' else CodeRecipe(**PLAIN, family=family, base=32, latent=wide, width=wide, codes=64, perceptual_start=0.)
+    recipe = GuideRecipe(**PLAIN, base=32, codes=64) if family == 'guide' else CodeRecipe(**PLAIN, family=family,
+            base=32, latent=wide, width=wide, codes=64, perceptual_start=0.)
     t, _ = train_codes(recipe, split, tmp_path)
     sane(t, paint(t, split.images))
 
@@ -112,7 +121,8 @@ def test_text_arms(split, tmp_path):
 @pytest.mark.parametrize('kind', ['seed', 'lavit'])
 @pytest.mark.parametrize('keep', [True, False])
 def test_semantic(split, tmp_path, kind, keep):
-    recipe = SemanticRecipe(kind=kind, steps_match=2, steps_codes=2, steps_reverse=2, batch=8, warmup=1, size='d64x2', queries=8, codes=64, code_width=8, decoder_layers=1, reverse_layers=1,
+    recipe = SemanticRecipe(kind=kind, steps_match=2, steps_codes=2, steps_reverse=2, batch=8, warmup=1, size='d64x2',
+                            queries=8, codes=64, code_width=8, decoder_layers=1, reverse_layers=1,
                             distill=1., keep_features=keep)
     m, _ = train_semantic(recipe, split, root=tmp_path)
     sane(m, encode_images(m, split.images), *([answers_of(m, split.images)] if kind == 'seed' else []))

@@ -1,4 +1,5 @@
-"The training of grid tokenizers: the notebook and the profiles spell the recipe out, and the published sizes are those of the published models."
+"""The training of grid tokenizers: the notebook and the profiles spell the recipe out, and the published sizes are
+those of the published models."""
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -38,16 +39,19 @@ def test_profiles_build_five_models_of_the_right_kind(profile):
     for a, r in recipes(profile).items():
         r.train_config()
         with torch.device('meta'): made[a] = build(r.family, r.config(px))
-    assert {a: t.is_discrete for a, t in made.items()} == dict(dalle=True, omni=True, cosmos_di=True, cosmos_ci=False, kl_f8=False)
+    assert {a: t.is_discrete for a, t in made.items()} == dict(dalle=True, omni=True, cosmos_di=True, cosmos_ci=False,
+                                                               kl_f8=False)
     if profile == 'paper':
-        assert {a: t.n_tokens for a, t in made.items()} == dict(dalle=1024, omni=1024, cosmos_di=256, cosmos_ci=1024, kl_f8=1024)
+        assert {a: t.n_tokens for a, t in made.items()} == dict(dalle=1024, omni=1024, cosmos_di=256,
+                                                                cosmos_ci=1024, kl_f8=1024)
         assert made['kl_f8'].width == 4 and sum(p.numel() for p in made['kl_f8'].parameters()) == 83_653_863
     else: assert {t.n_tokens for t in made.values()} == {64}
 
 
 def test_comparison_is_at_equal_steps_order_and_seed():
     for profile in ('smoke', 'laptop', 'workstation'):
-        assert len({(r.steps, r.batch, r.seed, r.perceptual_start, r.perceptual_share) for r in recipes(profile).values()}) == 1
+        assert len({(r.steps, r.batch, r.seed, r.perceptual_start, r.perceptual_share)
+                    for r in recipes(profile).values()}) == 1
 
 
 def test_a_models_own_loss_counts_and_it_is_told_the_time(tmp_path):
@@ -59,10 +63,12 @@ def test_a_models_own_loss_counts_and_it_is_told_the_time(tmp_path):
 
 
 def test_files_come_back_and_others_are_refused(tmp_path):
-    tok = build('cosmos', dict(image=32, factor=8, channels=(8, 16), stem=8, inner=8, blocks=1, attention=4, groups=4, levels=(8, 5)), seed=5)
+    tok = build('cosmos', dict(image=32, factor=8, channels=(8, 16), stem=8, inner=8, blocks=1, attention=4, groups=4,
+                               levels=(8, 5)), seed=5)
     save_grid(tmp_path/'a.safetensors', tok, arm='toy')
     back = load_grid(tmp_path/'a.safetensors')
-    assert back.config == tok.config and all(torch.allclose(p, q, atol=1e-3) for p, q in zip(back.parameters(), tok.parameters()))
+    assert back.config == tok.config and all(torch.allclose(p, q, atol=1e-3)
+                                             for p, q in zip(back.parameters(), tok.parameters()))
     save_weights(tmp_path/'b.safetensors', tok, {'kind': 'tokenizer'})
     with pytest.raises(WeightsError, match='holds a tokenizer, expected a grid'): load_grid(tmp_path/'b.safetensors')
     save_weights(tmp_path/'c.safetensors', tok, {'kind': 'grid', 'grid': 'jpeg', 'config': {}})

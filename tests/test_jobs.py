@@ -1,4 +1,5 @@
-"`toksr-repro` on a small pipeline of shell commands: the same results and dvc.lock as `dvc repro`, also when things go wrong."
+"""`toksr-repro` on a small pipeline of shell commands: the same results and dvc.lock as `dvc repro`, also when
+things go wrong."""
 import os, signal, subprocess, sys, time
 from pathlib import Path
 
@@ -20,7 +21,8 @@ ENV = os.environ | dict(SHELL='/bin/sh', DVC_NO_ANALYTICS='1')
 
 @pytest.fixture
 def toy(tmp_path):
-    for name, text in {'dvc.yaml': PIPELINE, 'in.txt': 'a\n', 'other.txt': 'o\n', 'nap': '1', 'params.yaml': 'jobs: 2\n'}.items():
+    for name, text in {'dvc.yaml': PIPELINE, 'in.txt': 'a\n', 'other.txt': 'o\n', 'nap': '1',
+                       'params.yaml': 'jobs: 2\n'}.items():
         (tmp_path/name).write_text(text)
     subprocess.run([sys.executable, '-m', 'dvc', 'init', '-q', '--no-scm'], cwd=tmp_path, check=True, env=ENV)
     return tmp_path
@@ -32,7 +34,8 @@ def listen():
 
 
 def repro(root, *words, **kw):
-    return subprocess.run([sys.executable, '-c', 'from toksr.pipeline.schedule import main; main()', *words], cwd=root, capture_output=True, text=True, env=ENV, **kw)
+    return subprocess.run([sys.executable, '-c', 'from toksr.pipeline.schedule import main; main()', *words], cwd=root,
+                          capture_output=True, text=True, env=ENV, **kw)
 
 
 def test_same_lock_as_dvc_and_side_by_side(toy):
@@ -54,7 +57,8 @@ def test_same_lock_as_dvc_and_side_by_side(toy):
     assert third.stdout.splitlines()[-1].startswith('4 ran, 1 unchanged') and (toy/'both.txt').read_text() == 'b\nb\n'
     subprocess.run([sys.executable, '-m', 'dvc', 'repro', '-q', '--force'], cwd=toy, check=True, env=ENV)
     after = (toy/'dvc.lock').read_bytes()
-    assert repro(toy, '--force', '--jobs', '3').stdout.splitlines()[-1].startswith('5 ran') and (toy/'dvc.lock').read_bytes() == after
+    assert repro(toy, '--force', '--jobs',
+                 '3').stdout.splitlines()[-1].startswith('5 ran') and (toy/'dvc.lock').read_bytes() == after
 
 
 def test_failure_stops_dependents_and_lets_others_finish(toy):
@@ -70,7 +74,8 @@ def test_failure_stops_dependents_and_lets_others_finish(toy):
 
 def test_interrupt_ends_stages_and_can_go_on(toy):
     (toy/'nap').write_text('60')
-    p = subprocess.Popen([sys.executable, '-c', 'from toksr.pipeline.schedule import main; main()'], cwd=toy, preexec_fn=listen, text=True, stdout=subprocess.PIPE,
+    p = subprocess.Popen([sys.executable, '-c', 'from toksr.pipeline.schedule import main; main()'], cwd=toy,
+                         preexec_fn=listen, text=True, stdout=subprocess.PIPE,
                          stderr=subprocess.PIPE, env=ENV)
     for _ in range(300):
         if (toy/'times.log').exists() and len((toy/'times.log').read_text().split()) == 2: break
@@ -123,16 +128,20 @@ def test_random_graphs_run_in_order(jobs, seed):
 
 
 def test_many_candidates_are_one_question():
-    "What reads from a stage that ran is asked about in one go if it is much, and then only what changed is started, and what reads from that"
+    """What reads from a stage that ran is asked about in one go if it is much, and then only what changed is
+    started, and what reads from that"""
     few, lots = [f's{i}' for i in range(12)], ['first', *(f's{i}' for i in range(12)), 'last']
     plan = Plan(lots, {'first': set(), **{s: {'first'} for s in few}, 'last': set(few)}, {'first'})
     asked, crew = [], []
-    def changed(): assert not crew; asked.append(1); return {'s3', 'elsewhere'}
+    def changed():
+        assert not crew
+        asked.append(1)
+        return {'s3', 'elsewhere'}
     out = schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2, changed=changed)
     assert out.ran == ['first', 's3', 'last'] and len(asked) == 1 and len(out.unchanged) == 11
     out = schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2, changed=changed, many=13)
     assert set(out.ran) == set(lots) and len(asked) == 1
-    plan = Plan(lots, plan.up, set(lots))                       # what `first` writes was missing, so that DVC called all of them changed
+    plan = Plan(lots, plan.up, set(lots))  # what `first` writes was missing, so that DVC called all of them changed
     out = schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2, changed=changed)
     assert out.ran == ['first', 's3', 'last'] and len(asked) == 2 and len(out.unchanged) == 11
     assert schedule(plan, crew.append, lambda: (crew.pop(0), 0, True), 2).ran == lots
@@ -141,8 +150,10 @@ def test_many_candidates_are_one_question():
 def test_an_edit_starts_what_it_changes_and_nothing_else(tmp_path):
     "Twelve stages read from one that runs, and one of them from a part of it that became another"
     cmd = 'mkdir -p parts && for i in 0 1 2 3 4 5 6 7 8 9 10 11; do grep "^$i " source > parts/$i; done'
-    one = {f's{i}': dict(cmd=f'cp parts/{i} out{i}', deps=[f'parts/{i}'], outs=[{f'out{i}': dict(cache=False)}]) for i in range(12)}
-    (tmp_path/'dvc.yaml').write_text(yaml.safe_dump(dict(stages=dict(split=dict(cmd=cmd, deps=['source'], outs=[{f'parts/{i}': dict(cache=False)} for i in range(12)]), **one))))
+    one = {f's{i}': dict(cmd=f'cp parts/{i} out{i}', deps=[f'parts/{i}'], outs=[{f'out{i}': dict(cache=False)}])
+           for i in range(12)}
+    (tmp_path/'dvc.yaml').write_text(yaml.safe_dump(dict(stages=dict(split=dict(cmd=cmd, deps=['source'],
+            outs=[{f'parts/{i}': dict(cache=False)} for i in range(12)]), **one))))
     (tmp_path/'params.yaml').write_text('jobs: 2\n')
     (tmp_path/'source').write_text(''.join(f'{i} a\n' for i in range(12)))
     subprocess.run([sys.executable, '-m', 'dvc', 'init', '-q', '--no-scm'], cwd=tmp_path, check=True, env=ENV)
@@ -150,7 +161,8 @@ def test_an_edit_starts_what_it_changes_and_nothing_else(tmp_path):
     (tmp_path/'source').write_text((tmp_path/'source').read_text().replace('3 a', '3 b'))
     said = repro(tmp_path).stdout
     assert '2 ran, 11 unchanged' in said and "didn't change" not in said and (tmp_path/'out3').read_text() == '3 b\n', said
-    for part in (tmp_path/'parts').iterdir(): part.unlink()     # as in a new clone, where results are and what they were made from is not
+    # as in a new clone, where results are and what they were made from is not
+    for part in (tmp_path/'parts').iterdir(): part.unlink()
     said = repro(tmp_path).stdout
     assert '1 ran, 12 unchanged' in said and "didn't change" not in said, said
     assert '13 ran' in repro(tmp_path, '--force').stdout
@@ -159,7 +171,8 @@ def test_an_edit_starts_what_it_changes_and_nothing_else(tmp_path):
 def test_what_takes_long_elsewhere_is_started_first(toy):
     (toy/'params.yaml').write_text('profile: tiny\n')
     assert told_seconds(toy) == {}
-    (toy/'profiles').mkdir(); table = toy/'profiles/tiny.minutes.csv'
+    (toy/'profiles').mkdir()
+    table = toy/'profiles/tiny.minutes.csv'
     table.write_text('stage,minutes\nleft,2\nright,.5\n')
     assert told_seconds(toy) == {'left': 120, 'right': 30}
     plan = Plan(['right', 'left'], {'right': set(), 'left': set()}, {'right', 'left'})

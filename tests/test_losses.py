@@ -43,7 +43,8 @@ def test_discriminator_sizes():
 def test_blur_is_a_strided_same_convolution(side):
     x = torch.randn(2, 5, side, side, generator=torch.Generator().manual_seed(0))
     k = torch.tensor([1., 3, 3, 1]) / 8
-    total = max((math.ceil(side / 2) - 1) * 2 + 4 - side, 0); before = total // 2
+    total = max((math.ceil(side / 2) - 1) * 2 + 4 - side, 0)
+    before = total // 2
     padded = F.pad(x, (before, total - before) * 2)
     want = torch.stack([F.conv2d(padded[:, [c]], torch.outer(k, k)[None, None], stride=2)[:, 0] for c in range(5)], 1)
     torch.testing.assert_close(Blur()(x), want)
@@ -88,7 +89,9 @@ def test_perceptual_takes_lpips_as_it_is():
     torch.manual_seed(0)
     net = lpips.LPIPS(net='vgg', pnet_rand=True, verbose=False).eval()
     a, b = pair(2)
-    with torch.no_grad(): got = lpips_convnext(a, b, net, lambda x: x.flatten(1)[:, :1], (1., 0.)); want = net(a, b, normalize=True).flatten()
+    with torch.no_grad():
+        got = lpips_convnext(a, b, net, lambda x: x.flatten(1)[:, :1], (1., 0.))
+        want = net(a, b, normalize=True).flatten()
     torch.testing.assert_close(got, want)
 
 
@@ -111,13 +114,16 @@ def test_weights_and_start_steps():
     for step, want, names in ((0, base, {'rec', 'kl', 'vq'}), (2, base + 1.1 * seen, {'rec', 'kl', 'vq', 'perceptual'}),
                               (5, base + 1.1 * seen - .1 * fake, {'rec', 'kl', 'vq', 'perceptual', 'adv'})):
         total, terms = loss(image, recon, extra, step)
-        torch.testing.assert_close(total, want); assert set(terms) == names and not any(t.requires_grad for t in terms.values())
-    assert (LossConfig().rec, LossConfig().perceptual, LossConfig().kl, LossConfig().adv, LossConfig().lecam, LossConfig().adv_start) == (1., 1.1, 1e-6, .1, .001, 200_000)
+        torch.testing.assert_close(total, want)
+        assert set(terms) == names and not any(t.requires_grad for t in terms.values())
+    assert (LossConfig().rec, LossConfig().perceptual, LossConfig().kl, LossConfig().adv, LossConfig().lecam,
+            LossConfig().adv_start) == (1., 1.1, 1e-6, .1, .001, 200_000)
 
 
 def test_discriminator_step():
     image, recon = pair()
-    d = Discriminator(8, groups=4); loss = TokenizerLoss(LossConfig(adv_start=0), distance, d)
+    d = Discriminator(8, groups=4)
+    loss = TokenizerLoss(LossConfig(adv_start=0), distance, d)
     r, f = d(image), d(recon)
     total, terms = loss.discriminator(image, recon.requires_grad_())
     want = .5 * (F.relu(1 - r).mean() + F.relu(1 + f).mean()) + .001 * (F.relu(r.mean())**2 + F.relu(-f.mean())**2)
@@ -132,14 +138,18 @@ def test_losses_ignore_autocast():
     loss = TokenizerLoss(LossConfig(adv_start=0), distance, Discriminator(8, groups=4))
     extra = {'kl': torch.tensor(400.)}
     want = loss(image, recon, extra, 0)[0]
-    with torch.autocast('cpu', torch.bfloat16): got = loss(image, recon.bfloat16().float(), extra, 0)[0]; same = loss(image, recon, extra, 0)[0]
+    with torch.autocast('cpu', torch.bfloat16):
+        got = loss(image, recon.bfloat16().float(), extra, 0)[0]
+        same = loss(image, recon, extra, 0)[0]
     assert torch.equal(same, want) and got.dtype == torch.float32
 
 
 def test_perceptual_share_and_precision():
     image, recon = pair()
     seen = []
-    def spy(a, b): seen.append((len(a), torch.is_autocast_enabled('cpu'))); return distance(a, b)
+    def spy(a, b):
+        seen.append((len(a), torch.is_autocast_enabled('cpu')))
+        return distance(a, b)
     for share, dtype in ((1., 'float32'), (.5, 'bfloat16'), (.3, 'float32')):
         TokenizerLoss(LossConfig(perceptual_share=share, perceptual_dtype=dtype), spy)(image, recon, {}, 0)
     assert seen == [(4, False), (2, True), (2, False)]
@@ -156,6 +166,7 @@ def test_default_perceptual_distance():
     vision = pytest.importorskip('toksr.encoders.lite0')
     image, recon = pair(2)
     loss = TokenizerLoss(perceptual=partial(vision.lite0_distance, net=vision.Lite0()))
-    total, terms = loss(image, recon.requires_grad_(), {}, 0); total.backward()
+    total, terms = loss(image, recon.requires_grad_(), {}, 0)
+    total.backward()
     assert terms['perceptual'] > 0 and recon.grad.isfinite().all()
     assert not any('net' in k or 'stem' in k for k in loss.state_dict()), 'frozen networks stay out of checkpoints'

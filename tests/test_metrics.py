@@ -36,8 +36,10 @@ def test_psnr_and_ssim_equal_scikit_image(pair, uint8):
     x, y = map(hwc, pair)
     if uint8: x, y = (np.round(v*255)/255 for v in (x, y))
     settings = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1, data_range=1)
-    np.testing.assert_allclose(psnr(*pair, uint8=uint8), [peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(x, y)], atol=1e-4)
-    np.testing.assert_allclose(ssim(*pair, uint8=uint8), [structural_similarity(a, b, **settings) for a, b in zip(x, y)], atol=1e-4)
+    np.testing.assert_allclose(psnr(*pair, uint8=uint8),
+                               [peak_signal_noise_ratio(a, b, data_range=1) for a, b in zip(x, y)], atol=1e-4)
+    np.testing.assert_allclose(ssim(*pair, uint8=uint8),
+                               [structural_similarity(a, b, **settings) for a, b in zip(x, y)], atol=1e-4)
 
 
 @pytest.mark.parametrize('shape', [(11, 11), (11, 40), (33, 64)])
@@ -45,19 +47,22 @@ def test_ssim_at_odd_sizes(shape):
     from skimage.metrics import structural_similarity
     g = torch.Generator().manual_seed(1)
     x, y = torch.rand(2, 3, *shape, generator=g), torch.rand(2, 3, *shape, generator=g)
-    want = [structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1, data_range=1) for a, b in zip(hwc(x), hwc(y))]
+    want = [structural_similarity(a, b, gaussian_weights=True, sigma=1.5, use_sample_covariance=False, channel_axis=-1,
+                                  data_range=1) for a, b in zip(hwc(x), hwc(y))]
     np.testing.assert_allclose(ssim(x, y), want, atol=1e-4)
 
 
 def test_uint8_rounding_matters_and_is_exact(pair):
     x, y = pair[0], pair[0]+.4/255
     y8 = (y.clamp(0, 1)*255).round()/255
-    assert torch.equal(psnr(x, y, uint8=True), psnr((x*255).round()/255, y8)) and (psnr(x, y, uint8=True) != psnr(x, y)).all()
+    assert torch.equal(psnr(x, y, uint8=True),
+                       psnr((x*255).round()/255, y8)) and (psnr(x, y, uint8=True) != psnr(x, y)).all()
 
 
 def test_outputs_are_clamped(pair):
     x, y = pair
-    assert torch.equal(psnr(x, y*3-1), psnr(x, (y*3-1).clamp(0, 1))) and torch.equal(ssim(x, y*3-1), ssim(x, (y*3-1).clamp(0, 1)))
+    assert torch.equal(psnr(x, y*3-1), psnr(x, (y*3-1).clamp(0, 1))) and torch.equal(ssim(x, y*3-1),
+                                                                                     ssim(x, (y*3-1).clamp(0, 1)))
 
 
 def test_autocast_changes_nothing(pair, net):
@@ -68,14 +73,16 @@ def test_autocast_changes_nothing(pair, net):
     with torch.autocast('cpu', torch.bfloat16): inside, g = per_image(x, y, lr, [net]), features(net, x)
     pd.testing.assert_frame_equal(inside, outside, check_exact=True)
     assert np.array_equal(f, g)
-    pd.testing.assert_frame_equal(per_image(x.bfloat16().float(), y.bfloat16().float(), lr, [net]), per_image(x.bfloat16(), y.bfloat16(), lr, [net]), check_exact=True)
+    pd.testing.assert_frame_equal(per_image(x.bfloat16().float(), y.bfloat16().float(), lr, [net]),
+                                  per_image(x.bfloat16(), y.bfloat16(), lr, [net]), check_exact=True)
 
 
 def test_in_float32_covers_keywords_and_gradients(pair):
     seen = {}
     @in_float32
     def f(a, b=None): seen.update(a=a.dtype, b=b.dtype, grad=torch.is_grad_enabled(), product=(a@b).dtype)
-    with torch.autocast('cpu', torch.bfloat16): f(torch.ones(2, 2, dtype=torch.bfloat16), b=torch.ones(2, 2, dtype=torch.float64))
+    with torch.autocast('cpu', torch.bfloat16):
+        f(torch.ones(2, 2, dtype=torch.bfloat16), b=torch.ones(2, 2, dtype=torch.float64))
     assert seen == dict(a=torch.float32, b=torch.float32, grad=False, product=torch.float32)
 
 
@@ -83,14 +90,16 @@ def test_in_float32_covers_keywords_and_gradients(pair):
 def test_batches_change_nothing(pair, net, batch):
     x, y = pair
     lr = downscale(x, 4)
-    pd.testing.assert_frame_equal(per_image(x, y, lr, [net], batch=batch), per_image(x, y, lr, [net], batch=64), atol=1e-5, rtol=1e-5)
+    pd.testing.assert_frame_equal(per_image(x, y, lr, [net], batch=batch), per_image(x, y, lr, [net], batch=64),
+                                  atol=1e-5, rtol=1e-5)
 
 
 def test_per_image_columns(pair, net):
     x, y = pair
     lr = downscale(x, 4)
     df = per_image(x, y, lr, [net], ids=[f'scene-{i}' for i in range(10)])
-    assert list(df) == ['image', 'psnr', 'ssim', 'lite0', 'lr_psnr'] and df.image[3] == 'scene-3' and df.dtypes.psnr == np.float64
+    assert list(df) == ['image', 'psnr', 'ssim', 'lite0',
+                        'lr_psnr'] and df.image[3] == 'scene-3' and df.dtypes.psnr == np.float64
     from toksr.data.degradations import lr_consistency
     np.testing.assert_allclose(df.lr_psnr, lr_consistency(y.clamp(0, 1), lr), atol=1e-4)
     np.testing.assert_allclose(df.lite0, net.distance(x, y.clamp(0, 1)), atol=1e-5)
@@ -104,7 +113,8 @@ def test_nonsense_is_refused(pair):
     with pytest.raises(ValueError, match='one shape'): psnr(x, y[:3])
     with pytest.raises(ValueError, match='one shape'): psnr(x[0], y[0])
     for bad in (float('nan'), float('inf')):
-        z = y.clone(); z[4, 0, 0, 0] = bad
+        z = y.clone()
+        z[4, 0, 0, 0] = bad
         for f in (psnr, ssim, per_image):
             with pytest.raises(ValueError, match='output: 1 of 10 images have values that are not finite'): f(x, z)
     with pytest.raises(ValueError, match='at least 11 px'): ssim(x[..., :10, :10], y[..., :10, :10])
@@ -112,7 +122,8 @@ def test_nonsense_is_refused(pair):
 
 
 def test_golden():
-    "Waves against their 4x4 block means: PSNR and SSIM by scikit-image 0.26.0, Lite0 from timm's features, all once in float64."
+    """Waves against their 4x4 block means: PSNR and SSIM by scikit-image 0.26.0, Lite0 from timm's features, all
+    once in float64."""
     h, w = torch.meshgrid(torch.arange(64)/64, torch.arange(64)/64, indexing='ij')
     x = torch.stack([.5+.5*torch.sin(6.2832*((c+1)*w+(2-c)*h)) for c in range(3)])[None]
     y = F.interpolate(F.avg_pool2d(x, 4), scale_factor=4)
@@ -124,7 +135,8 @@ def test_golden():
 
 def test_summarise_equals_bootstrap(pair, net):
     x, y = pair
-    df = pd.concat([per_image(x, y).assign(method='a', split='val'), per_image(x, (x+y)/2).assign(method='b', split='val')])
+    df = pd.concat([per_image(x, y).assign(method='a', split='val'),
+                    per_image(x, (x+y)/2).assign(method='b', split='val')])
     out = summarise(df, by=['method', 'split'])
     assert list(out) == ['method', 'split', 'metric', 'mean', 'lo', 'hi', 'n'] and len(out) == 4
     row, want = out[(out.method == 'b') & (out.metric == 'psnr')].iloc[0], bootstrap(df[df.method == 'b'].psnr)
@@ -163,7 +175,8 @@ def test_frechet_closed_form(d):
 def test_fid_equals_torch_fidelity(d, n, m):
     from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_features_to_statistics, fid_statistics_to_metric
     a, b = gaussians(n, d, 1), gaussians(m, d, 2, .2)
-    want = fid_statistics_to_metric(*(fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)), verbose=False)[KEY_METRIC_FID]
+    want = fid_statistics_to_metric(*(fid_features_to_statistics(torch.from_numpy(x)) for x in (a, b)),
+                                    verbose=False)[KEY_METRIC_FID]
     assert abs(fid(a, b)/want-1) < 1e-3
 
 
@@ -171,7 +184,8 @@ def test_fid_equals_torch_fidelity(d, n, m):
 def test_kid_equals_torch_fidelity(d, n):
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
     a, b = gaussians(n, d, 1), gaussians(n, d, 2, .2)
-    want = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=1, kid_subset_size=n, verbose=False)[KEY_METRIC_KID_MEAN]
+    want = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=1, kid_subset_size=n,
+                                  verbose=False)[KEY_METRIC_KID_MEAN]
     assert abs(kid(a, b)/want-1) < 1e-3
 
 
@@ -179,7 +193,8 @@ def test_lite0_features_equal_torch_fidelity_too(net):
     from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, kid_features_to_metric
     x = F.interpolate(torch.rand(60, 3, 6, 6, generator=torch.Generator().manual_seed(0)), size=32)
     a, b = features(net, x[:30]), features(net, x[30:].flip(1)*.5)
-    want = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=1, kid_subset_size=30, verbose=False)[KEY_METRIC_KID_MEAN]
+    want = kid_features_to_metric(torch.from_numpy(a), torch.from_numpy(b), kid_subsets=1, kid_subset_size=30,
+                                  verbose=False)[KEY_METRIC_KID_MEAN]
     assert abs(kid(a, b)/want-1) < 1e-3 and want > .001
 
 
@@ -222,14 +237,16 @@ def test_both_ways_to_fid_agree():
 
 
 def test_kid_interval_covers():
-    "Over 300 pairs of sets the 95 % interval holds the true distance in 92-98 % of cases; the truth is the mean over all of them."
+    """Over 300 pairs of sets the 95 % interval holds the true distance in 92-98 % of cases; the truth is the mean
+    over all of them."""
     runs = [kid_interval(gaussians(60, 8, 2*i), gaussians(80, 8, 2*i+1, .4)) for i in range(300)]
     truth = np.mean([r.mean for r in runs])
     covered = np.mean([r.lo <= truth <= r.hi for r in runs])
     assert .92 <= covered <= .98 and truth > 0, covered
     a, b = gaussians(60, 8, 0), gaussians(80, 8, 1, .4)
     assert runs[0].mean == kid(a, b) and runs[0].n == 60
-    left = np.array([kid(np.delete(a, i, 0), b) for i in range(60)]), np.array([kid(a, np.delete(b, i, 0)) for i in range(80)])
+    left = np.array([kid(np.delete(a, i, 0), b) for i in range(60)]), np.array([kid(a, np.delete(b, i, 0))
+                                                                                for i in range(80)])
     assert abs(1.959964*np.sqrt(59*left[0].var()+79*left[1].var())/runs[0].half-1) < 1e-6
     with pytest.raises(ValueError, match='at least 3'): kid_interval(a[:2], b)
 

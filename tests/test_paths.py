@@ -10,7 +10,8 @@ def test_root_is_the_nearest_params_file(tmp_path):
     (tmp_path/'params.yaml').touch()
     (tmp_path/'nbs/study').mkdir(parents=True)
     for d in tmp_path, tmp_path/'nbs/study':
-        with contextlib.chdir(d): assert ROOT() == tmp_path and WORK() == tmp_path/'.work' and CKPT() == tmp_path/'.ckpt'
+        with contextlib.chdir(d):
+            assert ROOT() == tmp_path and WORK() == tmp_path/'.work' and CKPT() == tmp_path/'.ckpt'
 
 
 def test_stamps_order_and_message(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
-"""The whole pipeline, small (profile smoke): every stage from nothing, then nothing, then again with the same bytes, then the edits that may rerun nothing.
+"""The whole pipeline, small (profile smoke): every stage from nothing, then nothing, then again with the same bytes,
+then the edits that may rerun nothing.
 
-The second making of everything is cut to the stages that fit in a budget, quickest first, so that this file takes minutes on two cores."""
+The second making of everything is cut to the stages that fit in a budget, quickest first, so that this file takes
+minutes on two cores."""
 import json
 import os
 import re
@@ -14,14 +16,17 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
-BUDGET = float(os.environ.get('TOKSR_TWICE_SECONDS', 60))       # of stage time when kernels are forked, for a second making without: three times that; TOKSR_TWICE_SECONDS=inf makes all of it
+# of stage time when kernels are forked, for a second making without: three times that; TOKSR_TWICE_SECONDS=inf makes
+# all of it
+BUDGET = float(os.environ.get('TOKSR_TWICE_SECONDS', 60))
 LEFT_OUT = 'reports/', 'models/', 'build/'
 pytestmark = pytest.mark.skipif(not (ROOT/'dvc.yaml').exists(), reason='no dvc.yaml')
 
 
 def _sources():
     "Files that git tracks or would track, results left out"
-    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.splitlines()
+    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True,
+                            check=True).stdout.splitlines()
     return [f for f in listed if not f.startswith(LEFT_OUT) and f != 'dvc.lock' and (ROOT/f).is_file()]
 
 
@@ -29,7 +34,8 @@ class Copy:
     "A copy of the sources in a repository of its own, at profile smoke, without any result"
     def __init__(self, d):
         self.d = d
-        self.env = os.environ | dict(PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', PYTHONPATH=str(d), GIT_CEILING_DIRECTORIES=str(d.parent),
+        self.env = os.environ | dict(PATH=f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+                                     PYTHONPATH=str(d), GIT_CEILING_DIRECTORIES=str(d.parent),
                                      SHELL='/bin/sh', DVC_NO_ANALYTICS='1')
         for f in _sources():
             (d/f).parent.mkdir(parents=True, exist_ok=True)
@@ -42,7 +48,8 @@ class Copy:
             self.env.pop('TOKSR_STAMPS')
 
     def run(self, *command):
-        p = subprocess.run(command, cwd=self.d, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=3000)
+        p = subprocess.run(command, cwd=self.d, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                           text=True, timeout=3000)
         assert p.returncode == 0, f'{" ".join(command)}:\n{p.stdout[-6000:]}'
         return p.stdout
 
@@ -80,7 +87,8 @@ def test_results_have_provenance_and_no_trace_of_this_machine(made):
         text = p.read_text(encoding='utf-8')
         assert str(made.d) not in text and str(ROOT) not in text, f'{p.name} holds a path of this machine'
     for p in (made.d/'reports/metrics').rglob('*.json'):
-        if not p.name.endswith(('.provenance.json', '.timing.json')): assert p.with_suffix('.provenance.json').exists(), f'{p.name} has no provenance'
+        if not p.name.endswith(('.provenance.json', '.timing.json')):
+            assert p.with_suffix('.provenance.json').exists(), f'{p.name} has no provenance'
     assert not list(made.d.rglob('.part-*')) and not list((made.d/'.work').glob('*.ipynb')), 'something half-written is left'
 
 
@@ -122,7 +130,8 @@ def test_a_changed_number_in_one_study_reruns_that_study(made):
     "The last line of a study is changed: the stages that run are its own, and those that read from it"
     from toksr.pipeline.schedule import read_plan
     plan = read_plan(made.d)
-    study = next((p for p in sorted((made.d/'nbs/study').glob('*ablation*.ipynb'))), sorted((made.d/'nbs/study').glob('*.ipynb'))[0])
+    study = next((p for p in sorted((made.d/'nbs/study').glob('*ablation*.ipynb'))),
+                 sorted((made.d/'nbs/study').glob('*.ipynb'))[0])
     _append(study, 'code', 'print(1+1)')
     ran = made.ran()
     own = {name for name, s in yaml.safe_load(made.lock())['stages'].items() if f'nbs/study/{study.name} ' in s['cmd']}

@@ -26,7 +26,8 @@ def test_same_bytes_twice(tmp_path):
     def run(d, rc):
         (tmp_path/d).mkdir()
         (tmp_path/d/'matplotlibrc').write_text(rc)
-        return subprocess.run([sys.executable, '-c', MAKE, str(tmp_path/d)], cwd=tmp_path/d, capture_output=True, text=True, check=True).stdout
+        return subprocess.run([sys.executable, '-c', MAKE, str(tmp_path/d)], cwd=tmp_path/d, capture_output=True,
+                              text=True, check=True).stdout
     first = run('a', '')
     assert first.count('\n') == 4 and first == run('b', 'lines.linewidth: 9\nsavefig.dpi: 20\naxes.facecolor: red\n')
 

@@ -28,7 +28,8 @@ def test_committed_params_are_the_default_profile():
 @pytest.fixture
 def toy(tmp_path):
     (tmp_path/'profiles').mkdir()
-    for n, steps in dict(smoke=3, laptop=200).items(): (tmp_path/f'profiles/{n}.yaml').write_text(f'profile: {n}\ntrain: {{steps: {steps}}}\neval: {{n: 5}}\n')
+    for n, steps in dict(smoke=3, laptop=200).items():
+        (tmp_path/f'profiles/{n}.yaml').write_text(f'profile: {n}\ntrain: {{steps: {steps}}}\neval: {{n: 5}}\n')
     (tmp_path/'params.yaml').write_text((tmp_path/'profiles/laptop.yaml').read_text())
     (tmp_path/'dvc.yaml').write_text('''
 stages:
@@ -36,7 +37,8 @@ stages:
   eval: {cmd: "cat w.txt > e.txt", params: [eval], deps: [w.txt], outs: [e.txt: {cache: false}]}
   aside: {cmd: "echo a > a.txt", params: [eval], outs: [a.txt: {cache: false}]}
 ''')
-    for words in ['init', '-q', '--no-scm'], ['repro', '-q']: subprocess.run([sys.executable, '-m', 'dvc', *words], cwd=tmp_path, check=True)
+    for words in ['init', '-q', '--no-scm'], ['repro', '-q']:
+        subprocess.run([sys.executable, '-m', 'dvc', *words], cwd=tmp_path, check=True)
     return tmp_path
 
 

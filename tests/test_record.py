@@ -70,7 +70,9 @@ def test_two_writers_never_mix(tmp_path):
     for p in ps: p.start()
     while any(p.is_alive() for p in ps):
         if f.exists(): assert len(set(f.read_text())) == 1 and f.stat().st_size == 5000
-    for p in ps: p.join(); assert p.exitcode == 0
+    for p in ps:
+        p.join()
+        assert p.exitcode == 0
     assert os.listdir(tmp_path) == ['cache.txt']
 
 
@@ -92,16 +94,21 @@ def test_json_refuses_what_is_not_finite(tmp_path, bad):
 
 
 def test_csv_is_rounded_and_keeps_integers(tmp_path):
-    write_csv(tmp_path/'t.csv', pd.DataFrame(dict(i=[1, 2], x=[1.23456, np.nan], y=np.float32([1e-9, -1e-9]), s=['ä', 'b'])))
+    write_csv(tmp_path/'t.csv',
+              pd.DataFrame(dict(i=[1, 2], x=[1.23456, np.nan], y=np.float32([1e-9, -1e-9]), s=['ä', 'b'])))
     assert (tmp_path/'t.csv').read_text() == 'i,x,y,s\n1,1.2346,0.0000,ä\n2,,0.0000,b\n'
 
 
 def test_result_is_the_same_bytes_and_has_provenance(tmp_path):
-    for d in 'ab': save_result(tmp_path/d/'m.json', dict(psnr=26.123456, per=dict(x=np.float64(1)/3)), dict(steps=3, seed=1), images=4)
+    for d in 'ab':
+        save_result(tmp_path/d/'m.json', dict(psnr=26.123456, per=dict(x=np.float64(1)/3)),
+                    dict(steps=3, seed=1), images=4)
     assert (tmp_path/'a/m.json').read_bytes() == (tmp_path/'b/m.json').read_bytes()
-    assert json.loads((tmp_path/'a/m.json').read_text()) == dict(metrics=dict(psnr=26.1235, per=dict(x=.3333)), params=dict(steps=3, seed=1))
+    assert json.loads((tmp_path/'a/m.json').read_text()) == dict(metrics=dict(psnr=26.1235, per=dict(x=.3333)),
+                                                                 params=dict(steps=3, seed=1))
     p = json.loads((tmp_path/'a/m.provenance.json').read_text())
-    assert set(p) == {'params', 'seeds', 'revision', 'data', 'versions', 'machine', 'images'} and p['seeds'] == {'seed': 1}
+    assert set(p) == {'params', 'seeds', 'revision', 'data', 'versions', 'machine',
+                      'images'} and p['seeds'] == {'seed': 1}
     assert {'python', 'torch', 'numpy'} <= set(p['versions']) and 'flags' in p['machine']
     save_timing(tmp_path/'a/m.json', train=1.23456)
     assert json.loads((tmp_path/'a/m.timing.json').read_text()) == {'train': 1.235}
@@ -116,11 +123,13 @@ def test_failed_result_leaves_the_old_one(tmp_path):
 
 def test_revision_marks_changed_sources(tmp_path):
     import subprocess
-    git = lambda *a: subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b', *a], check=True, capture_output=True)
+    git = lambda *a: subprocess.run(['git', '-C', str(tmp_path), '-c', 'user.name=a', '-c', 'user.email=a@b', *a],
+                                    check=True, capture_output=True)
     git('init', '-q')
     assert git_revision(tmp_path) is None
     (tmp_path/'params.yaml').write_text('a: 1')
-    git('add', '.'); git('commit', '-qm', 'x')
+    git('add', '.')
+    git('commit', '-qm', 'x')
     clean = git_revision(tmp_path)
     (tmp_path/'README.md').write_text('not a source')
     assert len(clean) == 40 and git_revision(tmp_path) == clean

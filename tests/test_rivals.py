@@ -27,7 +27,8 @@ def world():
     g = torch.Generator().manual_seed(0)
     pixels = F.interpolate(torch.rand(80, 3, 7, 7, generator=g), size=32, mode='bicubic').clamp(0, 1)
     images = (255 * pixels).byte().permute(0, 2, 3, 1).numpy()
-    text = Text(torch.randn(80, 5, 8, generator=g), torch.randn(80, 8, generator=g), torch.ones(80, 5, dtype=torch.bool),
+    text = Text(torch.randn(80, 5, 8, generator=g), torch.randn(80, 8, generator=g),
+                torch.ones(80, 5, dtype=torch.bool),
                 Text(torch.zeros(1, 5, 8), torch.zeros(1, 8), torch.ones(1, 5, dtype=torch.bool)))
     return images.astype(np.float32).transpose(0, 3, 1, 2) / 255, images, text
 
@@ -41,11 +42,310 @@ def resolver(world, tok, **changes):
     return sr.measure(hr, lr, small, text, text.index([0, 1])), hr, lr, small
 
 
-ARMS = [dict(), dict(conditioning='concat'), dict(objective='flow', base='none'), dict(net='infdit', text_dim=0, objective='edm')]
+ARMS = [dict(), dict(conditioning='concat'), dict(objective='flow', base='none'),
+        dict(net='infdit', text_dim=0, objective='edm')]
 SPACES = {'pixels': lambda images: PixelPatches(32, 4), '1d': lambda images: PCATokenizer.fit(images, 8, 8)}
 
 
-# -- patches ---------------------------------------------------------------------------------------------------------------------------------
+# -- patches
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+#
+# ---------------------------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize('patch', [1, 4, 8, 32])
@@ -57,7 +357,8 @@ def test_patches_give_the_picture_back(patch):
 
 
 def test_a_patch_is_where_it_should_be():
-    x = torch.zeros(1, 3, 16, 16); x[0, 1, 4:8, 8:12] = 1                       # second row, third column of 4-pixel patches
+    x = torch.zeros(1, 3, 16, 16)
+    x[0, 1, 4:8, 8:12] = 1                       # second row, third column of 4-pixel patches
     z = PixelPatches(16, 4).encode(x)
     assert (z[0].amax(1) > 0).nonzero().flatten().tolist() == [1 * 4 + 2]
 
@@ -77,7 +378,9 @@ def test_flow_target_is_the_velocity():
     g = torch.Generator().manual_seed(1)
     x0, noise, t = torch.randn(6, 3, 2, generator=g), torch.randn(6, 3, 2, generator=g), torch.rand(6, generator=g)
     seen = []
-    def model(x, time): seen.append(x); return noise - x0
+    def model(x, time):
+        seen.append(x)
+        return noise - x0
     assert flow_loss(model, x0, {}, t, noise).max() == 0
     assert torch.allclose(seen[0], (1 - t)[:, None, None] * x0 + t[:, None, None] * noise, atol=1e-6)
 

@@ -9,14 +9,17 @@ from toksr.pipeline.site import build, notebook_page, notebook_pages
 
 def notebook(path, text):
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(dict(cells=[dict(cell_type='markdown', id='a', metadata={}, source=f'# {text}')], metadata={}, nbformat=4, nbformat_minor=5)))
+    path.write_text(json.dumps(dict(cells=[dict(cell_type='markdown', id='a', metadata={}, source=f'# {text}')],
+                                    metadata={}, nbformat=4, nbformat_minor=5)))
     return path
 
 
 @pytest.fixture
 def rendered(monkeypatch):
     names = []
-    def count(path): names.append(path.stem); return notebook_page(path)
+    def count(path):
+        names.append(path.stem)
+        return notebook_page(path)
     monkeypatch.setattr(toksr.pipeline.site, 'notebook_page', count)
     return names
 
@@ -47,12 +50,14 @@ def test_a_damaged_page_is_made_again(tmp_path, damage):
 def test_a_site_from_the_cache_has_the_same_bytes(tmp_path):
     for n in 'ab': notebook(tmp_path/f'reports/notebooks/{n}.ipynb', n)
     outs = [tmp_path/f'out{i}' for i in range(3)]
-    for out, cache in zip(outs, (None, tmp_path/'cache', tmp_path/'cache')): build(tmp_path/'reports/notebooks', out, cache=cache)
+    for out, cache in zip(outs, (None, tmp_path/'cache', tmp_path/'cache')):
+        build(tmp_path/'reports/notebooks', out, cache=cache)
     read = lambda out: {p.name: p.read_bytes() for p in out.iterdir()}
     assert read(outs[0]) == read(outs[1]) == read(outs[2])
 
 
 def test_no_notebook_is_an_error(tmp_path):
-    bad = tmp_path/'bad.ipynb'; bad.write_text('{')
+    bad = tmp_path/'bad.ipynb'
+    bad.write_text('{')
     with pytest.raises(ValueError, match='not a notebook'): notebook_pages([bad], tmp_path/'cache')
     assert not list((tmp_path/'cache').glob('*.json'))

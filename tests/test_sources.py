@@ -22,22 +22,28 @@ def folder(tmp_path_factory):
         for i in range(12*k, 12*k+12):
             Image.fromarray(scenes.images[i]).save(root/f'{part}/{i:02d}.png')
             (root/f'{part}/{i:02d}.txt').write_text(scenes.captions[i])
-    (root/'train/broken.png').write_bytes(b'no picture'); (root/'train/broken.txt').write_text('A broken file.')
+    (root/'train/broken.png').write_bytes(b'no picture')
+    (root/'train/broken.txt').write_text('A broken file.')
     return root
 
 
 def corpus(tmp_path, *words):
-    return subprocess.run([sys.executable, '-c', 'from toksr.pipeline.run import main; main()', str(ROOT()/'nbs/study/corpus.ipynb'), str(tmp_path/'corpus.ipynb'), 'n_train=10', 'n_val=10', 'n_novel=10', 'n_complex=10',
-                           f'corpus={tmp_path}/corpus', f'out={tmp_path}/reports', *words], cwd=ROOT(), capture_output=True, text=True)
+    return subprocess.run([sys.executable, '-c', 'from toksr.pipeline.run import main; main()',
+                           str(ROOT()/'nbs/study/corpus.ipynb'), str(tmp_path/'corpus.ipynb'), 'n_train=10', 'n_val=10',
+                           'n_novel=10', 'n_complex=10',
+                           f'corpus={tmp_path}/corpus', f'out={tmp_path}/reports', *words], cwd=ROOT(),
+                           capture_output=True, text=True)
 
 
 def test_the_stage_reads_a_folder(tmp_path, folder):
     r = corpus(tmp_path, 'source=folder', f'folder={folder}', 'encoder=clip:ViT-B-32:none')
     assert r.returncode == 0, r.stderr[-3000:]
-    shown = '\n'.join(o.get('text', '') for c in nbformat.read(tmp_path/'corpus.ipynb', 4).cells if c.cell_type == 'code' for o in c.outputs)
+    shown = '\n'.join(o.get('text', '') for c in nbformat.read(tmp_path/'corpus.ipynb', 4).cells
+                      if c.cell_type == 'code' for o in c.outputs)
     assert 'train: 10 pictures' in shown and '40 pictures of 64 pixels' in shown
     split = load_split(tmp_path/'corpus', 'train')
-    assert split.encoder == 'clip:ViT-B-32:none' and split.text.states.shape == (10, 77, 512) and split.images.shape == (10, 64, 64, 3)
+    assert split.encoder == 'clip:ViT-B-32:none' and split.text.states.shape == (10, 77,
+            512) and split.images.shape == (10, 64, 64, 3)
     assert np.array_equal(split.images[3], np.asarray(Image.open(folder/'train/03.png')))
     result = json.loads((tmp_path/'reports/metrics/corpus.json').read_text())
     assert result['params']['source'] == 'folder' and result['metrics']['photographs'] == 0

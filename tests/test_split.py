@@ -42,21 +42,26 @@ def test_the_corpus_says_who_reads_its_captions(corpus):
     split = load_split(corpus, 'train')
     assert split.encoder == 'clip:ViT-B-32:none' and split.text.states.shape == (6, 77, 512) and split.text.mask is None
     (corpus/'encoder.txt').write_text('t5')
-    with pytest.raises(ValueError, match="expected 'minilm' or 'clip:MODEL:WEIGHTS', got 't5'"): load_split(corpus, 'train')
+    with pytest.raises(ValueError, match="expected 'minilm' or 'clip:MODEL:WEIGHTS', got 't5'"):
+        load_split(corpus, 'train')
 
 
 def test_large_splits_stay_on_disk_and_give_the_same_tokens(corpus, monkeypatch):
     small = load_split(corpus, 'train')
     monkeypatch.setattr(toksr.training.splits, 'LARGE', 1000)
     large = load_split(corpus, 'train')
-    assert isinstance(large.images, np.memmap) and large.text.states.dtype == torch.float16 and small.text.states.dtype == torch.float32
-    tok = Tokenizer(TokenizerConfig(image=32, n_tokens=4, width=4, encoder='d64x2', decoder='d64x2', text_width=384, text_length=24))
+    assert isinstance(large.images,
+                      np.memmap) and large.text.states.dtype == torch.float16 and small.text.states.dtype == torch.float32
+    tok = Tokenizer(TokenizerConfig(image=32, n_tokens=4, width=4, encoder='d64x2', decoder='d64x2', text_width=384,
+                                    text_length=24))
     assert torch.equal(encode_all(tok, large.images, large.text), encode_all(tok, small.images, small.text))
 
 
 class Elsewhere(nn.Linear):
     "Remembers where it was sent"
-    def to(self, *args, **kwargs): self.sent = [*getattr(self, 'sent', []), args[0]]; return super().to(*args, **kwargs)
+    def to(self, *args, **kwargs):
+        self.sent = [*getattr(self, 'sent', []), args[0]]
+        return super().to(*args, **kwargs)
 
 
 class OneStep(Task):
@@ -66,14 +71,16 @@ class OneStep(Task):
 
     def loss(self, step, indices, generator):
         assert self.friend.sent == [self.device]
-        return (self.modules['net'](torch.ones(1, 2, device=self.device)) - self.friend(torch.ones(1, 2, device=self.device)).detach()).square().mean(), {}
+        return (self.modules['net'](torch.ones(1, 2, device=self.device))
+                - self.friend(torch.ones(1, 2, device=self.device)).detach()).square().mean(), {}
 
 
 def test_companions_are_where_the_training_is():
     task = OneStep()
     before = task.friend.weight.clone()
     fit(task, TrainConfig(steps=2, batch=1, warmup=1), 1, callbacks=[])
-    assert torch.equal(task.friend.weight, before) and home(task.friend) == home(task.modules['net']) == torch.device('cpu')
+    assert torch.equal(task.friend.weight,
+                       before) and home(task.friend) == home(task.modules['net']) == torch.device('cpu')
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='has a GPU')
@@ -97,7 +104,8 @@ class TooBig(OneStep):
 
 def test_a_batch_that_does_not_fit_is_cut_and_gives_the_same_weights(capsys):
     def weights(task, micro):
-        nn.init.constant_(task.modules['net'].weight, .1); nn.init.zeros_(task.modules['net'].bias)
+        nn.init.constant_(task.modules['net'].weight, .1)
+        nn.init.zeros_(task.modules['net'].bias)
         fit(task, TrainConfig(steps=3, batch=6, warmup=1, lr=.01, micro=micro), 6, callbacks=[])
         return task.modules['net'].weight.clone()
     cut = TooBig()
@@ -111,4 +119,5 @@ class NeverFits(TooBig):
 
 
 def test_a_single_item_that_does_not_fit_is_an_error():
-    with pytest.raises(torch.cuda.OutOfMemoryError): fit(NeverFits(), TrainConfig(steps=1, batch=4, warmup=1), 4, callbacks=[])
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        fit(NeverFits(), TrainConfig(steps=1, batch=4, warmup=1), 4, callbacks=[])

@@ -19,7 +19,8 @@ def world():
     g = torch.Generator().manual_seed(0)
     pixels = F.interpolate(torch.rand(120, 3, 7, 7, generator=g), size=32, mode='bicubic').clamp(0, 1)
     images = (255 * pixels).byte().permute(0, 2, 3, 1).numpy()
-    text = Text(torch.randn(120, 5, 8, generator=g), torch.randn(120, 8, generator=g), torch.ones(120, 5, dtype=torch.bool))
+    text = Text(torch.randn(120, 5, 8, generator=g), torch.randn(120, 8, generator=g),
+                torch.ones(120, 5, dtype=torch.bool))
     return pixels, images, text, PCATokenizer.fit(images, 8, 8)
 
 
@@ -51,7 +52,9 @@ def test_ridge_refuses_unequal_lengths():
     with pytest.raises(ValueError, match='equally many'): ridge(torch.randn(3, 2), torch.randn(4, 2))
 
 
-@pytest.mark.parametrize('wrong', [dict(factor=1), dict(base='linear'), dict(prediction='noise'), dict(schedule='sigmoid'), dict(whiten=2.), dict(retouch=-1)])
+@pytest.mark.parametrize('wrong',
+                         [dict(factor=1), dict(base='linear'), dict(prediction='noise'), dict(schedule='sigmoid'),
+                          dict(whiten=2.), dict(retouch=-1)])
 def test_wrong_settings_are_named(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))): SRConfig(**wrong)
 
@@ -80,7 +83,8 @@ def test_picture_loss_skips_those_that_were_told_nothing(world):
 
 
 def test_weights_of_another_kind_or_tokenizer_are_refused(tmp_path):
-    config = TokenizerConfig(image=32, n_tokens=4, width=4, encoder='d64x2', decoder='d64x2', text_in='none', text_width=8)
+    config = TokenizerConfig(image=32, n_tokens=4, width=4, encoder='d64x2', decoder='d64x2', text_in='none',
+                             text_width=8)
     one, two = (save_tokenizer(tmp_path/f'{i}.safetensors', Tokenizer(config, seed=i)) for i in (1, 2))
     file = save_sr(tmp_path/'sr.safetensors', SuperResolver(load_tokenizer(one), SRConfig(text_dim=8, retouch=8)), one)
     assert load_sr(file, one).config.retouch == 8

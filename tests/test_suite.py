@@ -21,13 +21,18 @@ from toksr.tokenizers.variants import VariantTokenizer
 
 ROOT = Path(__file__).resolve().parents[1]
 PAPER = yaml.safe_load((ROOT/'nbs/study/paper_numbers.yaml').read_text())['toksr']
-TINY = TokenizerConfig(image=32, patch=8, n_tokens=6, width=4, encoder='d64x1', decoder='d64x1', text_width=20, text_length=7, bottleneck='vq', codes=64)
+TINY = TokenizerConfig(image=32, patch=8, n_tokens=6, width=4, encoder='d64x1', decoder='d64x1', text_width=20,
+                       text_length=7, bottleneck='vq', codes=64)
 
 
-def images(n=6, side=32): return torch.randint(0, 256, (n, side, side, 3), generator=torch.Generator().manual_seed(1), dtype=torch.uint8).numpy()
+def images(n=6, side=32):
+    return torch.randint(0, 256, (n, side, side, 3), generator=torch.Generator().manual_seed(1),
+                         dtype=torch.uint8).numpy()
 
 
-def words(n=6): return Text(torch.randn(n, 7, 20, generator=torch.Generator().manual_seed(2)), torch.randn(n, 20, generator=torch.Generator().manual_seed(3)))
+def words(n=6):
+    return Text(torch.randn(n, 7, 20, generator=torch.Generator().manual_seed(2)),
+                torch.randn(n, 20, generator=torch.Generator().manual_seed(3)))
 
 
 # ---- T Table 2
@@ -36,32 +41,39 @@ TRAINED = dict(titok_kl='none', tatitok_kl='decoder', textok_kl='both')      # a
 
 
 def test_cells_of_table_2():
-    "Our three rows stand for the paper's three: who reads the caption is asked of a model of that kind, and every printed number is one of the paper's."
+    """Our three rows stand for the paper's three: who reads the caption is asked of a model of that kind, and every
+    printed number is one of the paper's."""
     named = {'none': '-', 'detokenizer': 'Detokenizer Only', 'both': 'Tokenizer + Detokenizer'}
     rows = PAPER['table2_imagenet_val']
     assert [ENTRIES[k].paper for k in TRAINED] == [*rows]
     for key, text_in in TRAINED.items():
-        assert text_aware(VariantTokenizer(replace(TINY, text_in=text_in))) == named[rows[ENTRIES[key].paper]['text_aware']]
-    assert {k: (v['rfid'], v['is']) for k, v in rows.items()} == {'TiTok': (2.56, 171.7), 'TA-TiTok': (1.61, 197.5), 'TexTok-VAE': (2.73, 174.14)}
-    assert ZOO['tatitok_kl'][1:] == (1.53, 222.0) and ZOO['titok_kl'][1] == rows['TA-TiTok']['rfid']     # the paper's TA-TiTok is the zoo's TiTok
+        assert text_aware(VariantTokenizer(replace(TINY,
+                                                   text_in=text_in))) == named[rows[ENTRIES[key].paper]['text_aware']]
+    assert {k: (v['rfid'], v['is']) for k, v in rows.items()} == {'TiTok': (2.56, 171.7), 'TA-TiTok': (1.61, 197.5),
+                                                                  'TexTok-VAE': (2.73, 174.14)}
+    # the paper's TA-TiTok is the zoo's TiTok
+    assert ZOO['tatitok_kl'][1:] == (1.53, 222.0) and ZOO['titok_kl'][1] == rows['TA-TiTok']['rfid']
 
 
 def test_the_table_that_is_there():
-    "T-tab2.csv, if it has been made: the paper's and the zoo's numbers stand in the right rows, and ours carry an interval."
+    """T-tab2.csv, if it has been made: the paper's and the zoo's numbers stand in the right rows, and ours carry an
+    interval."""
     file = ROOT/'reports/exhibits/T-tab2.csv'
     if not file.is_file(): pytest.skip('not made yet: dvc repro tokenizer_tables')
     t = pd.read_csv(file).query("split == 'val'").set_index('method')
     for key, text_in in TRAINED.items():
         row, printed = t.loc[ENTRIES[key].label], PAPER['table2_imagenet_val'][ENTRIES[key].paper]
         assert (float(row.paper_rfid), float(row.paper_is)) == (printed['rfid'], printed['is'])
-        assert {'none': '-', 'detokenizer': 'Detokenizer Only', 'both': 'Tokenizer + Detokenizer'}[printed['text_aware']] == row.text_aware
+        assert {'none': '-', 'detokenizer': 'Detokenizer Only',
+                'both': 'Tokenizer + Detokenizer'}[printed['text_aware']] == row.text_aware
         score = next(c for c in t if c.startswith('is_'))
         value, lo, hi = (float(x.strip('[],')) for x in row[score].split())
         assert lo <= value <= hi
 
 
 def test_papers_rows_exist():
-    assert {e.paper for e in ENTRIES.values()} - {''} <= {*PAPER['table3_coco_test'], *PAPER['table2_imagenet_val']} and set(ZOO) <= set(ENTRIES)
+    assert {e.paper for e in ENTRIES.values()} - {''} <= {*PAPER['table3_coco_test'],
+                                                          *PAPER['table2_imagenet_val']} and set(ZOO) <= set(ENTRIES)
     assert {e.paper for e in ENTRIES.values()} >= set(PAPER['table3_coco_test']) == set(PAPER['table5_progressive_randomization'])
 
 
@@ -70,7 +82,8 @@ def test_papers_rows_exist():
 def test_entries_load_by_name(tmp_path):
     tok = VariantTokenizer(TINY)
     save_tokenizer(tmp_path/'tokenizer-titok_vq.safetensors', tok)
-    grid = build_grid(GridRecipe(family='cosmos', levels=(4, 4), width=2, stem=16, inner=16, channels=(16, 16), attention=8), 32)
+    grid = build_grid(GridRecipe(family='cosmos', levels=(4, 4), width=2, stem=16, inner=16, channels=(16, 16),
+                                 attention=8), 32)
     save_grid(tmp_path/'grid-cosmos_di.safetensors', grid)
     a, b = load_entry('titok_vq', tmp_path), load_entry('cosmos_di', tmp_path)
     assert describe(a) == describe(tok) and describe(b)['bits'] == grid.n_tokens * 4 and describe(b)['text_aware'] == '-'
@@ -83,8 +96,10 @@ def test_entries_load_by_name(tmp_path):
 # ---- randomization over the protocol
 
 def test_replacement_draws_codes_that_exist():
-    "A 1D codebook, a grid codebook and scalars rounded to levels: drawn tokens are what `lookup` gives for codes, and all codes come."
-    grid = build_grid(GridRecipe(family='cosmos', levels=(4, 3), width=2, stem=16, inner=16, channels=(16, 16), attention=8), 32)
+    """A 1D codebook, a grid codebook and scalars rounded to levels: drawn tokens are what `lookup` gives for codes,
+    and all codes come."""
+    grid = build_grid(GridRecipe(family='cosmos', levels=(4, 3), width=2, stem=16, inner=16, channels=(16, 16),
+                                 attention=8), 32)
     for tok, codes in ((VariantTokenizer(TINY), 64), (grid, 12)):
         z = torch.randn(5, tok.n_tokens, tok.width, generator=torch.Generator().manual_seed(0))
         source = replacement(tok, z)
@@ -124,14 +139,16 @@ def test_a_drawing_follows_the_model():
     "Another depth, another number of tokens, no captions: the boxes say so without a change of the drawing code."
     image, text = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)), words(1)
     for n, layers, text_in in ((6, 1, 'both'), (9, 2, 'none')):
-        tok = VariantTokenizer(replace(TINY, n_tokens=n, encoder=f'd64x{layers}', text_in=text_in, bottleneck='kl')).eval()
+        tok = VariantTokenizer(replace(TINY, n_tokens=n, encoder=f'd64x{layers}', text_in=text_in,
+                                       bottleneck='kl')).eval()
         s = draw_tokenizer(tok, image, text)
         said = s.boxes['encoder'].text
         assert f'{layers} blocks' in said and f'{n} latents' in said and ('7 words' in said) == (text_in == 'both') and f'{1 + 16 + n + (7 if text_in == "both" else 0)} tokens' in said
         sr = SuperResolver(tok, SRConfig(text_dim=20, base='none', retouch=0)).eval()
         r = draw_sr(sr, image[..., ::4, ::4], text, consistency=0)
         assert f'{2 * n} tokens' in r.boxes['dit'].text and not {'base', 'retouch', 'project'} & set(r.boxes)
-    with pytest.raises(ValueError, match='was not called'): watch(lambda: tok.encode(image, text), {'decoder': tok.decoder})
+    with pytest.raises(ValueError, match='was not called'):
+        watch(lambda: tok.encode(image, text), {'decoder': tok.decoder})
     with pytest.raises(ValueError, match='kind'): Sketch().box('a', 0, 0, '', 'cloud')
 
 
@@ -146,7 +163,8 @@ def test_the_dual_drawing_says_what_passes():
     g = torch.Generator().manual_seed(0)
     text = Text(torch.randn(1, 7, 20, generator=g), torch.randn(1, 20, generator=g))
     text.empty = Text(text.states, text.pooled)
-    semantic = build_semantic(SemanticRecipe(size='d32x1h1', queries=5, codes=16, project=8, decoder_layers=1, reverse_layers=1), text)
+    semantic = build_semantic(SemanticRecipe(size='d32x1h1', queries=5, codes=16, project=8, decoder_layers=1,
+                                             reverse_layers=1), text)
     tok = VariantTokenizer(replace(TINY, text_in='none', bottleneck='kl')).eval()
     diffusion = LatentDiffusion(tok, LatentConfig(image=32, text_dim=20, text_length=7)).eval()
     image = torch.rand(1, 3, 32, 32, generator=g)

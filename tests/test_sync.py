@@ -25,7 +25,8 @@ def fresh(tmp_path_factory):
     shutil.copy(ROOT/'pyproject.toml', d)
     shutil.copytree(ROOT/'nbs', d/'nbs', ignore=shutil.ignore_patterns('.ipynb_checkpoints'))
     (d/'toksr/__init__.py').write_text((ROOT/'toksr/__init__.py').read_text())
-    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'XDG_CONFIG_HOME': str(d/'xdg')}     # nobody's own nbdev settings
+    # nobody's own nbdev settings
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'} | {'XDG_CONFIG_HOME': str(d/'xdg')}
     for command in 'nbdev-export', 'nbdev-clean': subprocess.run([_bin(command)], cwd=d, env=env, check=True)
     return d
 
@@ -47,7 +48,8 @@ def test_notebooks_are_clean(fresh):
 @pytest.mark.parametrize('path', NOTEBOOKS, ids=lambda p: p.stem)
 def test_sources_have_no_outputs_and_proper_ends(path):
     nb = json.loads(path.read_text(encoding='utf-8'))
-    assert not any(c.get('outputs') or c.get('execution_count') for c in nb['cells']), f'{path}: outputs belong in reports/; run make sync'
+    assert not any(c.get('outputs') or c.get('execution_count')
+                   for c in nb['cells']), f'{path}: outputs belong in reports/; run make sync'
     assert nb['cells'][0]['cell_type'] == 'markdown' and ''.join(nb['cells'][0]['source']).startswith('# '), f'{path}: the first cell is the title'
     assert all(''.join(c['source']).strip() for c in nb['cells']), f'{path}: an empty cell'
 
@@ -74,7 +76,8 @@ def test_saving_in_jupyterlab_cleans(monkeypatch):
     for cell in nb['cells']:
         cell['source'] = ''.join(cell['source'])
         cell['metadata'] |= dict(trusted=True, execution={'t': 1})
-        if cell['cell_type'] == 'code': cell.update(execution_count=3, outputs=[dict(output_type='stream', name='stdout', text='x')])
+        if cell['cell_type'] == 'code':
+            cell.update(execution_count=3, outputs=[dict(output_type='stream', name='stdout', text='x')])
     model = dict(type='notebook', content=nb)
     Manager.pre_save_hook(path=str(NOTEBOOKS[0].relative_to(ROOT)), model=model)
     want = json.loads(NOTEBOOKS[0].read_text())

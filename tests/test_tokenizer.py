@@ -1,4 +1,5 @@
-"The TiTok family against the public implementation's numbers, key lists and parameter counts; the linear path; bad input."
+"""The TiTok family against the public implementation's numbers, key lists and parameter counts; the linear path;
+bad input."""
 import ast
 import json
 from dataclasses import asdict, replace
@@ -16,7 +17,8 @@ from toksr.tokenizers.titok import PCATokenizer, Tokenizer
 from toksr.tokenizers.towers import INITS, size, TokenizerConfig, TOKENIZERS
 
 GOLDEN = Path(__file__).parent / 'golden'
-TINY = TokenizerConfig(image=32, patch=8, n_tokens=6, width=4, encoder='d64x2', decoder='d32x2', text_width=20, text_length=7)
+TINY = TokenizerConfig(image=32, patch=8, n_tokens=6, width=4, encoder='d64x2', decoder='d32x2', text_width=20,
+                       text_length=7)
 
 
 def on_meta(config: TokenizerConfig) -> Tokenizer:
@@ -29,7 +31,8 @@ def count(module) -> int: return sum(p.numel() for p in module.parameters())
 def batch(c: TokenizerConfig, b: int = 3, seed: int = 0) -> tuple[torch.Tensor, Text]:
     g = torch.Generator().manual_seed(seed)
     words = torch.randint(1, c.text_length + 1, (b, 1), generator=g)
-    text = Text(torch.randn(b, c.text_length, c.text_width, generator=g), torch.randn(b, c.text_width, generator=g), torch.arange(c.text_length)[None] < words)
+    text = Text(torch.randn(b, c.text_length, c.text_width, generator=g), torch.randn(b, c.text_width, generator=g),
+                torch.arange(c.text_length)[None] < words)
     return torch.rand(b, 3, c.image, c.image, generator=g), text
 
 
@@ -44,7 +47,8 @@ def toys(n: int, side: int, seed: int = 0) -> np.ndarray:
 def test_golden_tatitok(attention):
     "Small/small TA-TiTok at 64 px on weights made from their names: moments, image and KL to 1e-5."
     want = np.load(GOLDEN / 'tatitok_small_small_64.npz')
-    tok = fill_(Tokenizer(TokenizerConfig(image=64, encoder='small', decoder='small', text_in='decoder', attention=attention)), .05)
+    tok = fill_(Tokenizer(TokenizerConfig(image=64, encoder='small', decoder='small', text_in='decoder',
+                                          attention=attention)), .05)
     image, text = tensor('input.image', (1, 3, 64, 64), 0, 1), tensor('input.text', (1, 77, 768), -1.7, 1.7)
     with torch.no_grad():
         moments = tok.moments(image, text)
@@ -93,7 +97,8 @@ def test_every_named_tokenizer_runs_on_meta(name):
 # ---- the four properties of text in the encoder (no public weights exist)
 
 def test_masked_text_is_no_text():
-    full = Tokenizer(replace(TINY, mask_text=True)); bare = Tokenizer(replace(TINY, text_in='decoder'))
+    full = Tokenizer(replace(TINY, mask_text=True))
+    bare = Tokenizer(replace(TINY, text_in='decoder'))
     bare.load_state_dict({k: v for k, v in full.state_dict().items() if not k.startswith('encoder.text')})
     image, text = batch(TINY)
     hidden = replace(text, mask=torch.zeros_like(text.mask))
@@ -107,8 +112,10 @@ def test_masked_text_is_no_text():
 def test_only_text_keys_are_missing_from_a_tatitok_encoder():
     with torch.device('meta'): tok = Tokenizer(replace(TOKENIZERS['ta-titok-bl32'], text_in='both'))
     keys = key_list('tatitok_bl32_keys.txt')
-    missing, unknown = tok.load_state_dict({k: torch.empty(s, device='meta') for k, s in keys.items()}, strict=False, assign=True)
-    assert unknown == [] and set(missing) == {f'encoder.text_guidance_{k}' for k in ('proj.weight', 'proj.bias', 'positional_embedding')}
+    missing, unknown = tok.load_state_dict({k: torch.empty(s, device='meta') for k, s in keys.items()}, strict=False,
+                                           assign=True)
+    assert unknown == [] and set(missing) == {f'encoder.text_guidance_{k}'
+                                              for k in ('proj.weight', 'proj.bias', 'positional_embedding')}
 
 
 def test_text_changes_latents_and_words_carry_their_position():
@@ -116,7 +123,8 @@ def test_text_changes_latents_and_words_carry_their_position():
     z, other = tok.encode(image, text), tok.encode(image, text.index([1, 2, 0]))
     assert ((z - other).abs().amax((1, 2)) > 1e-4).all()
     order = torch.randperm(TINY.text_length, generator=torch.Generator().manual_seed(1))
-    twin = Tokenizer(TINY); twin.load_state_dict(tok.state_dict())
+    twin = Tokenizer(TINY)
+    twin.load_state_dict(tok.state_dict())
     twin.encoder.text_guidance_positional_embedding.data = tok.encoder.text_guidance_positional_embedding[order].detach()
     shuffled = replace(text, states=text.states[:, order], mask=text.mask[:, order])
     torch.testing.assert_close(twin.encode(image, shuffled), z, atol=1e-5, rtol=0)
@@ -124,7 +132,8 @@ def test_text_changes_latents_and_words_carry_their_position():
 
 
 def test_text_in_decides_who_reads():
-    image, text = batch(TINY); other = text.index([1, 2, 0])
+    image, text = batch(TINY)
+    other = text.index([1, 2, 0])
     ta, plain = Tokenizer(replace(TINY, text_in='decoder')), Tokenizer(replace(TINY, text_in='none'))
     z = ta.encode(image, text)
     assert torch.equal(z, ta.encode(image, other)) and (ta.decode(z, text) - ta.decode(z, other)).abs().max() > 1e-4
@@ -140,7 +149,8 @@ def test_masked_padding_has_no_influence():
 
 
 def test_legacy_reshape():
-    "The first TiTok weights saw channels and tokens scrambled by a reshape: with the read-out the same, latents are a permutation of numbers."
+    """The first TiTok weights saw channels and tokens scrambled by a reshape: with the read-out the same, latents
+    are a permutation of numbers."""
     a, b = Tokenizer(TINY), Tokenizer(replace(TINY, is_legacy=True))
     seen = {}
     for t, k in ((a, 'a'), (b, 'b')): t.encoder.ln_post.register_forward_hook(lambda m, i, o, k=k: seen.update({k: o}))
@@ -158,15 +168,18 @@ def test_legacy_reshape():
 @pytest.mark.parametrize('init', INITS)
 def test_seed_decides_the_weights(init):
     c = replace(TINY, init=init, head='conv', linear_path=True, bottleneck='vq', codes=16)
-    torch.manual_seed(1); a = Tokenizer(c, seed=5)
-    torch.manual_seed(2); b = Tokenizer(c, seed=5)
+    torch.manual_seed(1)
+    a = Tokenizer(c, seed=5)
+    torch.manual_seed(2)
+    b = Tokenizer(c, seed=5)
     other = Tokenizer(c, seed=6)
     assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
     assert not torch.equal(a.latent_tokens, other.latent_tokens)
 
 
 def test_upstream_start():
-    "Encoder: truncated normal .02; a text decoder keeps the default start (uniform, std 1/sqrt(3 fan-in)): .0180 against .0200 at width 1024."
+    """Encoder: truncated normal .02; a text decoder keeps the default start (uniform, std 1/sqrt(3 fan-in)): .0180
+    against .0200 at width 1024."""
     c = replace(TINY, encoder='d256x2', decoder='d1024x1')
     tok, plain = Tokenizer(c), Tokenizer(replace(c, text_in='none'))
     assert abs(tok.encoder.transformer[0].mlp.c_fc.weight.std().item() - .02) < 5e-4
@@ -180,7 +193,8 @@ def test_forward_mode_sample_and_gradients():
     tok, (image, text) = Tokenizer(TINY), batch(TINY)
     draw = [tok(image, text, torch.Generator().manual_seed(s))[1] for s in (0, 0, 1)]
     assert torch.equal(draw[0], draw[1]) and not torch.equal(draw[0], draw[2])
-    assert torch.equal(tok.encode(image, text), tok.encode(image, text)) and torch.equal(tok(image, text)[1], tok.encode(image, text))
+    assert torch.equal(tok.encode(image, text), tok.encode(image, text)) and torch.equal(tok(image, text)[1],
+                                                                                         tok.encode(image, text))
     torch.testing.assert_close(tok.encode(image, text, True, torch.Generator().manual_seed(0)), draw[0])
     recon, _, losses = tok(image, text, torch.Generator().manual_seed(0))
     (F.mse_loss(recon, image) + 1e-6 * losses['kl']).backward()
@@ -202,7 +216,8 @@ def test_vq_tokenizer():
     z = tok.encode(image, text)
     dist = torch.cdist(z.flatten(0, 1).double(), tok.quantize.embedding.weight.double())
     assert dist.min(1).values.max() < 1e-6 and tok.bits == 6 * 5
-    tok.train(); recon, _, losses = tok(image, text)
+    tok.train()
+    recon, _, losses = tok(image, text)
     (F.mse_loss(recon, image) + losses['vq']).backward()
     assert all(p.grad is not None for p in tok.parameters())
 
@@ -215,11 +230,13 @@ def test_config_survives_json():
 # ---- the linear path
 
 def test_pca_equals_exact_svd():
-    "12,288-dimensional images, 64 components: captured variance within 1e-3 of the exact decomposition, orthonormal, repeatable."
+    """12,288-dimensional images, 64 components: captured variance within 1e-3 of the exact decomposition,
+    orthonormal, repeatable."""
     images = toys(500, 64)
     pca, again = fit_pca(images, 64, seed=3), fit_pca(images, 64, seed=3)
     assert all(torch.equal(a, b) for a, b in zip(pca, again))
-    x = pixels(images); s = torch.linalg.svdvals((x - x.mean(0)).double())
+    x = pixels(images)
+    s = torch.linalg.svdvals((x - x.mean(0)).double())
     torch.testing.assert_close(pca.mean, x.mean(0), atol=1e-6, rtol=0)
     torch.testing.assert_close(pca.basis.T @ pca.basis, torch.eye(64), atol=1e-4, rtol=0)
     exact = (s[:64]**2).sum() / (s**2).sum()
@@ -235,23 +252,27 @@ def test_pca_is_exact_on_small_images():
 
 
 def test_linear_start_is_pca():
-    images = toys(300, 32); image = pixels(images[:4]).view(4, 3, 32, 32)
+    images = toys(300, 32)
+    image = pixels(images[:4]).view(4, 3, 32, 32)
     _, text = batch(TINY, 4)
     pca = fit_pca(images, 24)
     floor = PCATokenizer.fit(images, 6, 4)
     for whiten in (0., .5, 1.):
         for init in INITS:
-            tok = Tokenizer(replace(TINY, linear_path=True, head='conv', init=init, logvar_start=-6.)).init_linear(pca, component_scale(pca.std, whiten))
+            tok = Tokenizer(replace(TINY, linear_path=True, head='conv', init=init, logvar_start=-6.)).init_linear(pca,
+                    component_scale(pca.std, whiten))
             with torch.no_grad(): recon, z, losses = tok(image, text)
             torch.testing.assert_close(recon, floor.decode(floor.encode(image)), atol=2e-4, rtol=0)
             assert (tok.moments(image, text)[:, 4:] == -6).all()
-            recon, _, losses = tok(image, text); (F.mse_loss(recon, image) + losses['kl'] * 1e-6).backward()
+            recon, _, losses = tok(image, text)
+            (F.mse_loss(recon, image) + losses['kl'] * 1e-6).backward()
             assert tok.encoder.conv_out.weight.grad.abs().sum() > 0 or tok.decoder.ffn[0].weight.grad.abs().sum() > 0
     assert floor.bits == 6 * 4 * 16 and abs(component_scale(pca.std, 1.) / pca.std - 1).max() < 1e-5
 
 
 def test_pca_tokens_hold_the_largest_first():
-    images = toys(300, 32); floor = PCATokenizer.fit(images, 6, 4)
+    images = toys(300, 32)
+    floor = PCATokenizer.fit(images, 6, 4)
     spread = floor.encode(pixels(images).view(-1, 3, 32, 32)).std((0, 2))
     assert (spread.diff() < 0).all()
 
@@ -278,14 +299,20 @@ def test_bad_input(change, says):
 
 def test_bad_weights():
     tok, state = Tokenizer(TINY), Tokenizer(replace(TINY, n_tokens=5)).state_dict()
-    with pytest.raises(ValueError, match=r'weights: latent_tokens has shape \(5, 64\), this tokenizer needs \(6, 64\)'): tok.load_state_dict(state)
-    state = tok.state_dict(); state.pop('latent_tokens'); state['foo'] = torch.zeros(1)
-    with pytest.raises(ValueError, match=r'weights: 1 keys missing \(first: latent_tokens\), 1 unknown \(first: foo\)'): tok.load_state_dict(state)
+    with pytest.raises(ValueError, match=r'weights: latent_tokens has shape \(5, 64\), this tokenizer needs \(6, 64\)'):
+        tok.load_state_dict(state)
+    state = tok.state_dict()
+    state.pop('latent_tokens')
+    state['foo'] = torch.zeros(1)
+    with pytest.raises(ValueError, match=r'weights: 1 keys missing \(first: latent_tokens\), 1 unknown \(first: foo\)'):
+        tok.load_state_dict(state)
 
 
 @pytest.mark.parametrize('bad, says', [
-    (dict(text_in='encoder'), 'text_in: expected one of'), (dict(bottleneck='fsq'), 'bottleneck: expected one of'), (dict(patch=7), 'patch: 7 does not divide'),
-    (dict(n_tokens=0), 'n_tokens'), (dict(encoder='huge'), 'size: expected one of'), (dict(encoder='d65x2h4'), 'heads: 4 does not divide'),
+    (dict(text_in='encoder'), 'text_in: expected one of'), (dict(bottleneck='fsq'), 'bottleneck: expected one of'),
+    (dict(patch=7), 'patch: 7 does not divide'),
+    (dict(n_tokens=0), 'n_tokens'), (dict(encoder='huge'), 'size: expected one of'),
+    (dict(encoder='d65x2h4'), 'heads: 4 does not divide'),
 ])
 def test_bad_config(bad, says):
     with pytest.raises(ValueError, match=says): Tokenizer(replace(TINY, **bad))
@@ -293,7 +320,10 @@ def test_bad_config(bad, says):
 
 def test_bad_latents_and_pca():
     tok, (_, text) = Tokenizer(TINY), batch(TINY)
-    with pytest.raises(ValueError, match=r'z: expected shape \(b, 6, 4\), got \(3, 4, 6\)'): tok.decode(torch.zeros(3, 4, 6), text)
-    with pytest.raises(ValueError, match='init_linear: this tokenizer has no linear path'): tok.init_linear(fit_pca(toys(50, 32), 24))
-    with pytest.raises(ValueError, match='pca: expected 24 components'): Tokenizer(replace(TINY, linear_path=True)).init_linear(fit_pca(toys(50, 32), 20))
+    with pytest.raises(ValueError, match=r'z: expected shape \(b, 6, 4\), got \(3, 4, 6\)'):
+        tok.decode(torch.zeros(3, 4, 6), text)
+    with pytest.raises(ValueError, match='init_linear: this tokenizer has no linear path'):
+        tok.init_linear(fit_pca(toys(50, 32), 24))
+    with pytest.raises(ValueError, match='pca: expected 24 components'):
+        Tokenizer(replace(TINY, linear_path=True)).init_linear(fit_pca(toys(50, 32), 20))
     with pytest.raises(ValueError, match='fit_pca: 24 components need more than 24 images'): fit_pca(toys(24, 32), 24)

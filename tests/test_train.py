@@ -24,13 +24,15 @@ from toksr.training.optimizers import ema_model, lr_factor, Optimizers, param_gr
 QUIET = [StopOnNonFinite()]
 
 
-# ---- killed and resumed ------------------------------------------------------------------------------------------------------
+# ---- killed and resumed
+# ------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope='module')
 def deaths(tmp_path_factory):
     "Every case run whole, twice, and killed in three places and run again, in processes of their own"
     root = tmp_path_factory.mktemp('deaths')
-    out = subprocess.run([sys.executable, Path(__file__).parent / 'train_cases.py', root], capture_output=True, text=True, timeout=300,
+    out = subprocess.run([sys.executable, Path(__file__).parent / 'train_cases.py', root], capture_output=True,
+                         text=True, timeout=300,
                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert out.returncode == 0, out.stderr
     return root, json.loads(out.stdout.splitlines()[-1]), out.stderr
@@ -65,7 +67,8 @@ def test_killed_at_any_moment(deaths):
     assert ended(root, 'plain-slow', 'slow')['hash'] == ended(root, 'plain', 'whole')['hash']
 
 
-# ---- checkpoints -------------------------------------------------------------------------------------------------------------
+# ---- checkpoints
+# -------------------------------------------------------------------------------------------------------------
 
 def test_torn_writes(tmp_path, monkeypatch):
     "A write that fails at any of 20 places leaves the checkpoint before as it was"
@@ -74,9 +77,11 @@ def test_torn_writes(tmp_path, monkeypatch):
     whole = (tmp_path / 'step-000000001/state.safetensors').read_bytes()
     for at in np.linspace(0, len(whole) - 1, 20).astype(int):
         def fails(tensors, path, at=at):
-            Path(path).write_bytes(whole[:at]); raise OSError(28, 'No space left on device')
+            Path(path).write_bytes(whole[:at])
+            raise OSError(28, 'No space left on device')
         monkeypatch.setattr(checkpoint, 'save_file', fails)
-        with pytest.raises(OSError, match='No space left.*make room'): write_checkpoint(tmp_path, tensors, dict(step=2, log=[]))
+        with pytest.raises(OSError, match='No space left.*make room'):
+            write_checkpoint(tmp_path, tensors, dict(step=2, log=[]))
         found = Checkpoint(tmp_path).found()
         assert [p.name for p in found] == ['step-000000001']
         assert torch.equal(read_checkpoint(found[0])[0]['w'], tensors['w'])
@@ -91,7 +96,8 @@ def test_damaged_checkpoint_falls_back(tmp_path, capsys):
     for name in ('state.safetensors', 'state.json'):
         data = (last / name).read_bytes()
         damages = [data[:at] for at in np.linspace(0, len(data) - 1, 10).astype(int)]
-        damages += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1:] for at in np.linspace(0, len(data) - 1, 10).astype(int)]
+        damages += [data[:at] + bytes([data[at] ^ 1]) + data[at + 1:]
+                    for at in np.linspace(0, len(data) - 1, 10).astype(int)]
         for d in damages:
             (last / name).write_bytes(d)
             with pytest.raises(ValueError, match='not a whole checkpoint'): read_checkpoint(last)
@@ -127,15 +133,19 @@ def test_finished_run_is_not_trained_again(tmp_path):
     a = fit(Plain(), cfg, N, callbacks=[], ckpt_dir=tmp_path)
     b = fit(Plain(), cfg, N, callbacks=[], ckpt_dir=tmp_path)
     assert b.resumed_at == 6 and b.log == a.log
-    forget(tmp_path); forget(tmp_path)
+    forget(tmp_path)
+    forget(tmp_path)
     assert fit(Plain(), cfg, N, callbacks=[], ckpt_dir=tmp_path).resumed_at == 0
 
 
 def test_other_settings_are_refused(tmp_path):
     fit(Plain(), TrainConfig(steps=6, batch=4), N, callbacks=[], ckpt_dir=tmp_path)
-    with pytest.raises(ValueError, match=r'lr = 0\.0001, this run has 0\.001'): fit(Plain(), TrainConfig(steps=6, batch=4, lr=1e-3), N, callbacks=[], ckpt_dir=tmp_path)
-    wider = Plain(); wider.modules = {'net': nn.Linear(4, 4)}
-    with pytest.raises(ValueError, match='does not fit'): fit(wider, TrainConfig(steps=6, batch=4), N, callbacks=[], ckpt_dir=tmp_path)
+    with pytest.raises(ValueError, match=r'lr = 0\.0001, this run has 0\.001'):
+        fit(Plain(), TrainConfig(steps=6, batch=4, lr=1e-3), N, callbacks=[], ckpt_dir=tmp_path)
+    wider = Plain()
+    wider.modules = {'net': nn.Linear(4, 4)}
+    with pytest.raises(ValueError, match='does not fit'):
+        fit(wider, TrainConfig(steps=6, batch=4), N, callbacks=[], ckpt_dir=tmp_path)
 
 
 def test_two_processes_do_not_share_a_folder(tmp_path):
@@ -147,7 +157,8 @@ def test_two_processes_do_not_share_a_folder(tmp_path):
     fit(Plain(), TrainConfig(steps=1, batch=4), N, callbacks=[], ckpt_dir=tmp_path)   # the lock is gone with the run
 
 
-# ---- not finite --------------------------------------------------------------------------------------------------------------
+# ---- not finite
+# --------------------------------------------------------------------------------------------------------------
 
 class BadGradient(torch.autograd.Function):
     @staticmethod
@@ -158,7 +169,8 @@ class BadGradient(torch.autograd.Function):
 
 def plant(kind):
     "A task in which item 13 brings a number that is not finite"
-    task = Plain(); loss = task.loss
+    task = Plain()
+    loss = task.loss
     if kind == 'pixel': task.x[13, 0] = torch.nan
     if kind == 'cache': task.x[13] = torch.inf
     def bad(step, indices, generator):
@@ -192,7 +204,8 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path):
     assert [p.name for p in Checkpoint(tmp_path).found()] == ['step-000000001', 'step-000000002']
 
 
-# ---- data order and randomness -----------------------------------------------------------------------------------------------
+# ---- data order and randomness
+# -----------------------------------------------------------------------------------------------
 
 def test_order_is_a_function_of_seed_and_step():
     for n, batch in ((10, 3), (7, 16), (1, 4), (1000, 32)):
@@ -208,12 +221,15 @@ def test_threads_and_flags_are_set():
     before = torch.get_num_threads()
     seed_everything(4)
     assert torch.get_num_threads() == 1 and torch.are_deterministic_algorithms_enabled()
-    a = torch.rand(2); seed_everything(4)
+    a = torch.rand(2)
+    seed_everything(4)
     assert torch.equal(a, torch.rand(2))
-    torch.set_num_threads(before); torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(before)
+    torch.use_deterministic_algorithms(False)
 
 
-# ---- optimizers --------------------------------------------------------------------------------------------------------------
+# ---- optimizers
+# --------------------------------------------------------------------------------------------------------------
 
 def test_average_equals_diffusers():
     "The reference's EMA is diffusers' class (golden: equal to 1e-7 over 60 updates)"
@@ -223,36 +239,47 @@ def test_average_equals_diffusers():
     ours, theirs = ema_model(net, .9), EMAModel(net.parameters(), decay=.9)
     for _ in range(60):
         for p in net.parameters(): p.data += torch.randn_like(p)
-        ours.update_parameters(net); theirs.step(net.parameters())
+        ours.update_parameters(net)
+        theirs.step(net.parameters())
     for a, b in zip(ours.module.parameters(), theirs.shadow_params): assert (a - b).abs().max() < 1e-6
 
 
 def test_adamw_equals_a_plain_loop():
     "Our loop and ten lines of PyTorch give the same weights"
     cfg = TrainConfig(steps=8, batch=N, lr=1e-2, warmup=3, clip=.5, weight_decay=.1)
-    def net(): torch.manual_seed(0); return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
+    def net():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 4))
     x = torch.randn(N, 4, generator=torch.Generator().manual_seed(2))
     class T(Task):
         def loss(self, step, i, g): return (self.modules['n'](x[i]) - x[i]).square().mean(), {}
-    task = T(); task.modules = {'n': net()}
+    task = T()
+    task.modules = {'n': net()}
     fit(task, cfg, N, callbacks=[])
     ref = net()
-    groups = [dict(params=[p for p in ref.parameters() if p.ndim == 2], weight_decay=.1), dict(params=[p for p in ref.parameters() if p.ndim == 1], weight_decay=0.)]
+    groups = [dict(params=[p for p in ref.parameters() if p.ndim == 2], weight_decay=.1),
+              dict(params=[p for p in ref.parameters() if p.ndim == 1], weight_decay=0.)]
     opt = torch.optim.AdamW(groups, lr=1e-2, betas=(.9, .999))
     for s in range(8):
         for g in opt.param_groups: g['lr'] = 1e-2 * lr_factor(s, cfg)
-        opt.zero_grad(); (ref(x) - x).square().mean().backward()
-        nn.utils.clip_grad_norm_(ref.parameters(), .5); opt.step()
+        opt.zero_grad()
+        (ref(x) - x).square().mean().backward()
+        nn.utils.clip_grad_norm_(ref.parameters(), .5)
+        opt.step()
     for a, b in zip(task.modules['n'].parameters(), ref.parameters()): assert (a - b).abs().max() < 1e-5
 
 
 def test_groups_follow_the_reference():
     "Names of the published tokenizer: which are decayed, which go to Muon"
-    names = {'patch_embed.weight': (8, 3, 4, 4), 'decoder_embed.weight': (8, 4), 'latent_tokens': (4, 8), 'positional_embedding': (5, 8),
-             'transformer.0.attn.in_proj_weight': (24, 8), 'transformer.0.attn.in_proj_bias': (24,), 'transformer.0.ln_1.weight': (8,),
-             'transformer.0.mlp.c_fc.weight': (32, 8), 'conv_out.weight': (3, 3, 3, 3), 'linear.down.weight': (8, 8), 'mask_token': (1, 1, 8)}
+    names = {'patch_embed.weight': (8, 3, 4, 4), 'decoder_embed.weight': (8, 4), 'latent_tokens': (4, 8),
+             'positional_embedding': (5, 8),
+             'transformer.0.attn.in_proj_weight': (24, 8), 'transformer.0.attn.in_proj_bias': (24,),
+             'transformer.0.ln_1.weight': (8,),
+             'transformer.0.mlp.c_fc.weight': (32, 8), 'conv_out.weight': (3, 3, 3, 3), 'linear.down.weight': (8, 8),
+             'mask_token': (1, 1, 8)}
     class Named(nn.Module):
-        def named_parameters(self, *a, **k): return ((f'tok.{n}', nn.Parameter(torch.zeros(s))) for n, s in names.items())
+        def named_parameters(self, *a, **k):
+            return ((f'tok.{n}', nn.Parameter(torch.zeros(s))) for n, s in names.items())
     cfg = TrainConfig(optimizer='muon', lr_scale={'linear': .01})
     shapes = {k: {tuple(p.shape) for p in v} for k, v in param_groups(Named(), cfg).items()}
     assert shapes[True, True, 1] == {(24, 8), (32, 8)}
@@ -266,16 +293,20 @@ def test_learning_rate_factors_reach_the_optimizer():
     opt = Optimizers(nn.ModuleDict(task.modules), TrainConfig(lr=1e-3, lr_scale={r'net\.5': .1, r'net\.0': 0}), 1e-3)
     opt.set_factor(.5)
     assert {g['lr'] for g in opt.param_groups} == {0., 5e-5, 5e-4}
-    with pytest.raises(ValueError, match="no parameter is named like 'linaer'"): Optimizers(nn.ModuleDict(task.modules), TrainConfig(lr_scale={'linaer': 1.}), 1e-3)
+    with pytest.raises(ValueError, match="no parameter is named like 'linaer'"):
+        Optimizers(nn.ModuleDict(task.modules), TrainConfig(lr_scale={'linaer': 1.}), 1e-3)
 
 
 def test_gradient_accumulation():
     "Four pieces of a batch give the step of the whole"
     class T(Plain):
         def __init__(self):
-            super().__init__(); torch.manual_seed(0); self.modules = {'net': nn.Linear(4, 4)}
+            super().__init__()
+            torch.manual_seed(0)
+            self.modules = {'net': nn.Linear(4, 4)}
         def loss(self, step, i, g): return (self.modules['net'](self.x[i]) - 1).square().mean(), {}
-    results = [fit(T(), TrainConfig(steps=5, batch=10, lr=1e-2, micro=m), N, callbacks=[]).ema_state['net']['weight'] for m in (1, 4)]
+    results = [fit(T(), TrainConfig(steps=5, batch=10, lr=1e-2, micro=m), N, callbacks=[]).ema_state['net']['weight']
+               for m in (1, 4)]
     assert (results[0] - results[1]).abs().max() < 1e-6
 
 
@@ -283,7 +314,8 @@ def test_discriminator_waits_and_is_not_trained_by_the_model():
     task, cfg = Gan(), TrainConfig(steps=5, batch=8, second_lr=.1)
     before = [p.clone() for p in task.second_modules['disc'].parameters()]
     log = fit(task, cfg, N, callbacks=QUIET).log
-    assert all(torch.equal(a, b) for a, b in zip(before, task.second_modules['disc'].parameters())) and 'second_loss' not in log[-1]
+    assert all(torch.equal(a, b)
+               for a, b in zip(before, task.second_modules['disc'].parameters())) and 'second_loss' not in log[-1]
     task = Gan()
     seen = []
     class Look:
@@ -296,7 +328,8 @@ def test_discriminator_waits_and_is_not_trained_by_the_model():
 
 
 def test_frozen_parameters_stay():
-    task = Plain(); task.modules['net'][0].requires_grad_(False)
+    task = Plain()
+    task.modules['net'][0].requires_grad_(False)
     before = task.modules['net'][0].weight.clone()
     fit(task, TrainConfig(steps=3, batch=4, lr=.1), N, callbacks=[])
     assert torch.equal(before, task.modules['net'][0].weight) and not task.modules['net'][0].weight.requires_grad
@@ -304,21 +337,25 @@ def test_frozen_parameters_stay():
     with pytest.raises(ValueError, match='nothing to train'): fit(task, TrainConfig(steps=1), N, callbacks=[])
 
 
-# ---- precision, log, settings ------------------------------------------------------------------------------------------------
+# ---- precision, log, settings
+# ------------------------------------------------------------------------------------------------
 
 def test_precisions_follow_each_other_without_a_warning():
     dtypes = []
     class T(Plain):
         autocast = True
         def loss(self, step, i, g):
-            out = self.modules['net'](self.x[i]); dtypes.append(out.dtype)
+            out = self.modules['net'](self.x[i])
+            dtypes.append(out.dtype)
             with torch.autocast('cpu', enabled=False): return (out.float() - 1).square().mean(), {}
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        for precision in ('no', 'bf16', 'no'): fit(T(), TrainConfig(steps=2, batch=8, precision=precision), N, callbacks=[StopOnNonFinite(), Log()])
+        for precision in ('no', 'bf16', 'no'):
+            fit(T(), TrainConfig(steps=2, batch=8, precision=precision), N, callbacks=[StopOnNonFinite(), Log()])
     assert dtypes == [torch.float32] * 2 + [torch.bfloat16] * 2 + [torch.float32] * 2
     class Own(T): autocast = False
-    dtypes.clear(); fit(Own(), TrainConfig(steps=1, batch=8, precision='bf16'), N, callbacks=[])
+    dtypes.clear()
+    fit(Own(), TrainConfig(steps=1, batch=8, precision='bf16'), N, callbacks=[])
     assert dtypes == [torch.float32]
 
 
@@ -332,10 +369,12 @@ def test_progress_goes_to_stderr_only(capsys):
     out, err = capsys.readouterr()
     assert out == ''
     lines = err.strip().splitlines()
-    assert len(lines) == 2 and lines[-1].startswith('step 5/5') and all(w in lines[0] for w in ('loss', 'mse', 'lr', 'images/s', 'left'))
+    assert len(lines) == 2 and lines[-1].startswith('step 5/5') and all(w in lines[0]
+            for w in ('loss', 'mse', 'lr', 'images/s', 'left'))
     assert [r['step'] for r in result.log] == [1, 2, 3, 4, 5] and 'seconds' not in result.log[0]
     assert json.loads(json.dumps(result.log)) == result.log
-    assert [r['step'] for r in fit(Plain(), TrainConfig(steps=10, batch=4, log_every=4), N, callbacks=[]).log] == [4, 8, 10]
+    assert [r['step'] for r in fit(Plain(), TrainConfig(steps=10, batch=4, log_every=4), N,
+                                   callbacks=[]).log] == [4, 8, 10]
 
 
 @pytest.mark.parametrize('schedule', ['cosine', 'constant', 'trapezoid'])
@@ -357,6 +396,9 @@ def test_the_loop_itself_is_cheap():
     times = []
     class Clock:
         def start(self, loop): self.last = time.process_time()
-        def stepped(self, loop): now = time.process_time(); times.append(now - self.last); self.last = now
+        def stepped(self, loop):
+            now = time.process_time()
+            times.append(now - self.last)
+            self.last = now
     fit(Plain(), TrainConfig(steps=100, batch=8), N, callbacks=[StopOnNonFinite(), Log(), Clock()])
     assert np.median(times) < .006

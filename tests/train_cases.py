@@ -1,4 +1,5 @@
-"Tiny tasks for test_train.py, and runs of them in processes of their own that really die: `python train_cases.py FOLDER`"
+"""Tiny tasks for test_train.py, and runs of them in processes of their own that really die: `python train_cases.py
+FOLDER`"""
 import hashlib
 import json
 import os
@@ -22,7 +23,8 @@ class Plain(Task):
     "A net with dropout (global generator), batch norm (buffers) and noise of its own."
     def __init__(self, n: int = N):
         torch.manual_seed(0)
-        self.modules = {'net': nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.1), nn.Linear(16, 16), nn.Linear(16, 4))}
+        self.modules = {'net': nn.Sequential(nn.Linear(4, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Dropout(.1),
+                                             nn.Linear(16, 16), nn.Linear(16, 4))}
         self.x = torch.randn(n, 4, generator=torch.Generator().manual_seed(1))
 
     def loss(self, step, indices, generator):
@@ -54,7 +56,8 @@ class Gan(Plain):
 
 CASES = {
     'plain': (Plain, TrainConfig(steps=30, batch=8, lr=1e-2, warmup=4, ema=.9, seed=3)),
-    'gan_muon': (Gan, TrainConfig(steps=30, batch=8, lr=1e-2, muon_lr=.02, optimizer='muon', schedule='trapezoid', ema=.9, second_lr=1e-2, micro=2)),
+    'gan_muon': (Gan, TrainConfig(steps=30, batch=8, lr=1e-2, muon_lr=.02, optimizer='muon', schedule='trapezoid',
+                                  ema=.9, second_lr=1e-2, micro=2)),
 }
 
 
@@ -77,7 +80,8 @@ def torn_save(tensors, path):
     "Writes half a file, and dies, at the second checkpoint."
     if (Path(path).parent.parent / 'step-000000010').exists():
         whole = checkpoint.torch_save(tensors)
-        Path(path).write_bytes(whole[:len(whole) // 2]); die()
+        Path(path).write_bytes(whole[:len(whole) // 2])
+        die()
     checkpoint.real_save(tensors, path)
 
 
@@ -100,16 +104,21 @@ def run(case: str, folder: Path, how: str, wait: float = 0.) -> None:
     for state in [result.ema_state['net'], *(m.state_dict() for m in nets.values())]:
         for k, t in sorted(state.items()): h.update(k.encode() + t.detach().contiguous().numpy().tobytes())
     h.update(json.dumps(result.log).encode())
-    (folder.parent / f'{folder.name}-{how}.json').write_text(json.dumps(dict(hash=h.hexdigest(), resumed_at=result.resumed_at, rows=len(result.log))))
+    (folder.parent / f'{folder.name}-{how}.json').write_text(json.dumps(dict(hash=h.hexdigest(),
+            resumed_at=result.resumed_at, rows=len(result.log))))
 
 
 def in_child(*args, kill_after: float | None = None) -> int:
     "Run in a forked process; its wait status as a return code, -9 when it was killed."
     pid = os.fork()
     if not pid:
-        try: run(*args); os._exit(0)
+        try:
+            run(*args)
+            os._exit(0)
         except BaseException:
-            import traceback; traceback.print_exc(); os._exit(1)
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
     if kill_after is not None:
         time.sleep(kill_after)
         os.kill(pid, signal.SIGKILL)

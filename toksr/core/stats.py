@@ -39,8 +39,10 @@ def _resampled_means(x: np.ndarray, draws: int, seed: int) -> np.ndarray:
 
 def _checked(values, name: str) -> np.ndarray:
     x = np.asarray(values, dtype=np.float64)
-    if x.ndim != 1 or len(x) < 2: raise ValueError(f'{name}: an interval needs a list of at least 2 numbers, got shape {x.shape}')
-    if not np.isfinite(x).all(): raise ValueError(f'{name}: {(~np.isfinite(x)).sum()} of {len(x)} numbers are not finite')
+    if x.ndim != 1 or len(x) < 2:
+        raise ValueError(f'{name}: an interval needs a list of at least 2 numbers, got shape {x.shape}')
+    if not np.isfinite(x).all():
+        raise ValueError(f'{name}: {(~np.isfinite(x)).sum()} of {len(x)} numbers are not finite')
     return x
 
 # %% ../../nbs/core/03_stats.ipynb #2be5d2a3

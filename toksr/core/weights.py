@@ -45,7 +45,8 @@ def _narrow(name: str, t: Tensor, dtype: torch.dtype | None) -> Tensor:
     t = t.detach().cpu().clone(memory_format=torch.contiguous_format)
     if dtype is None or t.dtype != torch.float32: return t
     if (t.abs() > torch.finfo(dtype).max).any():
-        raise WeightsError(f'{name} holds values beyond {torch.finfo(dtype).max:.0f}, too large for {dtype}; save with dtype=None')
+        raise WeightsError(f'{name} holds values beyond {torch.finfo(dtype).max:.0f}, too large for {dtype}; save '
+                           f'with dtype=None')
     return t.to(dtype)
 
 def save_weights(
@@ -56,19 +57,24 @@ def save_weights(
 ) -> Path:
     "Write weights and their seal atomically. `WeightsError` for another suffix or values too large for `dtype`"
     path = Path(path)
-    if path.suffix != '.safetensors': raise WeightsError(f'{path}: weights are saved as .safetensors; give the file that suffix')
-    if dtype not in (None, *HALF.values()): raise WeightsError(f'{path}: dtype is None, torch.float16 or torch.bfloat16, not {dtype}')
+    if path.suffix != '.safetensors':
+        raise WeightsError(f'{path}: weights are saved as .safetensors; give the file that suffix')
+    if dtype not in (None, *HALF.values()):
+        raise WeightsError(f'{path}: dtype is None, torch.float16 or torch.bfloat16, not {dtype}')
     state = weights.state_dict() if isinstance(weights, nn.Module) else weights
     head = {'meta': meta, 'narrowed': sorted(k for k, t in state.items() if dtype and t.dtype == torch.float32)}
-    data = save({k: _narrow(k, t, dtype) for k, t in state.items()}, {'toksr': json.dumps(head, sort_keys=True, allow_nan=False)})
-    seal_path(path).unlink(missing_ok=True)   # a kill between the two writes leaves a file without seal, not one with a wrong one
+    data = save({k: _narrow(k, t, dtype) for k, t in state.items()},
+                {'toksr': json.dumps(head, sort_keys=True, allow_nan=False)})
+    # a kill between the two writes leaves a file without seal, not one with a wrong one
+    seal_path(path).unlink(missing_ok=True)
     with atomic(path) as part: part.write_bytes(data)
     seal(path)
     return path
 
 # %% ../../nbs/core/05_weights.ipynb #bdf8d746
 _PICKLED = '.pt', '.pth', '.bin', '.ckpt', '.pkl', '.pickle', '.tar'
-_CONVERT = ('loading one can run code hidden in it, so this is never done here. On a machine you can afford to lose, read its tensors with '
+_CONVERT = ('loading one can run code hidden in it, so this is never done here. On a machine you can afford to lose, '
+            'read its tensors with '
             'torch.load(path, weights_only=True) and write them with toksr.core.weights.save_weights')
 
 def _refuse_other_formats(path: Path, data: bytes) -> None:
@@ -76,16 +82,19 @@ def _refuse_other_formats(path: Path, data: bytes) -> None:
     if data[:2] in (b'PK', b'\x80\x02', b'\x80\x03', b'\x80\x04', b'\x80\x05') or path.suffix in _PICKLED:
         raise WeightsError(f'{path}: expected safetensors, got a pickle (PyTorch .pth, .pt or .bin): {_CONVERT}')
     if path.suffix != '.safetensors':
-        raise WeightsError(f'{path}: expected a .safetensors file; convert it to that format (toksr.core.weights.save_weights)')
+        raise WeightsError(f'{path}: expected a .safetensors file; convert it to that format '
+                           f'(toksr.core.weights.save_weights)')
 
 # %% ../../nbs/core/05_weights.ipynb #c72851cb
 def _check_seal(path: Path, data: bytes) -> None:
     "`WeightsError` when the bytes are not those that were sealed"
     if not seal_path(path).is_file():
-        raise WeightsError(f'{path}: its checksum {seal_path(path).name} is missing; fetch it, or if you trust the file make one: toksr.core.weights.seal({str(path)!r})')
+        raise WeightsError(f'{path}: its checksum {seal_path(path).name} is missing; fetch it, or if you trust the '
+                           f'file make one: toksr.core.weights.seal({str(path)!r})')
     want, have = seal_path(path).read_text(errors='replace').split()[:1], sha256(data).hexdigest()
     if want != [have]:
-        raise WeightsError(f'{path}: truncated or altered: {len(data)} bytes with sha256 {have[:12]}…, its .sha256 file says {"".join(want)[:12]}…; '
+        raise WeightsError(f'{path}: truncated or altered: {len(data)} bytes with sha256 {have[:12]}…, its .sha256 '
+                           f'file says {"".join(want)[:12]}…; '
                            'fetch both again (git checkout -- models)')
 
 # %% ../../nbs/core/05_weights.ipynb #5fa72103
@@ -96,14 +105,19 @@ def _head(data: bytes) -> tuple[dict, list]:
     return dict(head.get('meta', {})), list(head.get('narrowed', []))
 
 def load_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    "State (floats stored at half size come back as float32) and metadata of a sealed file. `WeightsError` for any other"
+    """State (floats stored at half size come back as float32) and metadata of a sealed file. `WeightsError` for any
+    other"""
     path = Path(path)
-    if not path.is_file(): raise FileNotFoundError(errno.ENOENT, 'no such file of weights; train it (make repro) or fetch it (git checkout -- models)', str(path))
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT,
+                                'no such file of weights; train it (make repro) or fetch it (git checkout -- models)',
+                                str(path))
     data = path.read_bytes()
     _refuse_other_formats(path, data)
     _check_seal(path, data)
     try: state, (meta, narrowed) = load(data), _head(data)
-    except (SafetensorError, ValueError, AttributeError, TypeError) as e: raise WeightsError(f'{path}: sealed, but not safetensors ({e}); fetch it again') from None
+    except (SafetensorError, ValueError, AttributeError, TypeError) as e:
+        raise WeightsError(f'{path}: sealed, but not safetensors ({e}); fetch it again') from None
     return state | {k: state[k].float() for k in narrowed if k in state}, meta
 
 # %% ../../nbs/core/05_weights.ipynb #c6c927bc
@@ -120,11 +134,14 @@ def load_into(
     state: dict[str, Tensor],    # from `load_weights`
     source: str | Path = 'weights',   # for the error
 ) -> nn.Module:
-    "Copy a state into a module, strictly. `WeightsError` names the first tensor that does not fit and both shapes; the module is then untouched"
+    """Copy a state into a module, strictly. `WeightsError` names the first tensor that does not fit and both
+    shapes; the module is then untouched"""
     if wrong := _mismatches(module, state):
         more = f' (and {len(wrong) - 1} more)' if len(wrong) > 1 else ''
-        raise WeightsError(f'{source}: does not fit {type(module).__name__}: {wrong[0]}{more}; expected weights made with the same settings: '
-                           'build the model from the metadata of the file (toksr.core.weights.from_checkpoint), or train it with these settings')
+        raise WeightsError(f'{source}: does not fit {type(module).__name__}: {wrong[0]}{more}; expected weights made '
+                           f'with the same settings: '
+                           'build the model from the metadata of the file (toksr.core.weights.from_checkpoint), or '
+                           'train it with these settings')
     module.load_state_dict(state)
     return module
 
@@ -133,7 +150,8 @@ def from_checkpoint(path: str | Path, build: Callable[[dict], nn.Module]) -> nn.
     "The module that `build` makes from the file's metadata, with the file's weights, in evaluation mode"
     state, meta = load_weights(path)
     try: module = build(meta)
-    except (KeyError, TypeError) as e: raise WeightsError(f'{path}: its metadata {meta} do not describe this kind of model ({type(e).__name__}: {e})') from e
+    except (KeyError, TypeError) as e:
+        raise WeightsError(f'{path}: its metadata {meta} do not describe this kind of model ({type(e).__name__}: {e})') from e
     return load_into(module, state, path).eval()
 
 # %% ../../nbs/core/05_weights.ipynb #a5de1998
@@ -152,17 +170,22 @@ PUBLISHED = {
     'turkeyju/tokenizer_tatitok_bl64_vq': Published('TA-TiTok, 64 codes', 'apache-2.0'),
     'turkeyju/tokenizer_tatitok_bl128_vq': Published('TA-TiTok, 128 codes', 'apache-2.0'),
     'yucornetto/tokenizer_titok_l32_imagenet': Published('TiTok, 32 codes, ImageNet', 'apache-2.0'),
-    'yucornetto/tokenizer_titok_ll32_vae_c16_imagenet': Published('TiTok, 32 tokens of 16 numbers, ImageNet', 'apache-2.0'),
+    'yucornetto/tokenizer_titok_ll32_vae_c16_imagenet': Published('TiTok, 32 tokens of 16 numbers, ImageNet',
+                                                                  'apache-2.0'),
     'facebook/dinov2-base': Published('DINOv2 image features', 'apache-2.0'),
-    'kandinsky-community/kandinsky-2-1': Published('MoVQ', 'apache-2.0', ('movq/config.json', 'movq/diffusion_pytorch_model.safetensors')),
-    'CompVis/stable-diffusion-v1-4': Published('Stable Diffusion 1.4', 'openrail-m', ('vae/config.json', 'vae/diffusion_pytorch_model.safetensors')),
+    'kandinsky-community/kandinsky-2-1': Published('MoVQ', 'apache-2.0',
+                                                   ('movq/config.json', 'movq/diffusion_pytorch_model.safetensors')),
+    'CompVis/stable-diffusion-v1-4': Published('Stable Diffusion 1.4', 'openrail-m',
+                                               ('vae/config.json', 'vae/diffusion_pytorch_model.safetensors')),
 }
 
 NOT_FETCHED = {
     'CLIP ViT-L/14-336': 'toksr.encoders.text has it from transformers or open_clip',
     'DALL-E dVAE': 'whole modules as pickles', 'Cosmos tokenizers': 'TorchScript programs, NVIDIA open model licence',
-    'OmniTokenizer': 'pickle with its training environment', 'Open-MAGVIT2': 'pickle', 'VAR-VAE': 'pickle', 'LaVIT': 'llama2 licence',
-    'SEED-2': 'pickle', 'DiT-XL/2': 'non-commercial licence', 'Stable Diffusion 3': 'gated', 'TexTok-VAE, TokSR': 'never published',
+    'OmniTokenizer': 'pickle with its training environment', 'Open-MAGVIT2': 'pickle', 'VAR-VAE': 'pickle',
+    'LaVIT': 'llama2 licence',
+    'SEED-2': 'pickle', 'DiT-XL/2': 'non-commercial licence', 'Stable Diffusion 3': 'gated',
+    'TexTok-VAE, TokSR': 'never published',
 }
 
 # %% ../../nbs/core/05_weights.ipynb #b8e4ae67
@@ -170,19 +193,25 @@ def fetch_pretrained(
     repo: str,                          # a key of `PUBLISHED`
     file: str = 'model.safetensors',    # one of its files
 ) -> Path:
-    "Download (or find in the hub's cache) a published file; weights are verified and sealed. `WeightsError` if unknown, offline or altered"
+    """Download (or find in the hub's cache) a published file; weights are verified and sealed. `WeightsError` if
+    unknown, offline or altered"""
     from huggingface_hub import hf_hub_download
-    if repo not in PUBLISHED: raise WeightsError(f'{repo}: not in the table of published checkpoints; known: {", ".join(PUBLISHED)}')
-    if file not in PUBLISHED[repo].files: raise WeightsError(f'{repo}: expected one of {", ".join(PUBLISHED[repo].files)}, got {file}')
+    if repo not in PUBLISHED:
+        raise WeightsError(f'{repo}: not in the table of published checkpoints; known: {", ".join(PUBLISHED)}')
+    if file not in PUBLISHED[repo].files:
+        raise WeightsError(f'{repo}: expected one of {", ".join(PUBLISHED[repo].files)}, got {file}')
     from huggingface_hub.errors import LocalEntryNotFoundError
     try:
         try: path = Path(hf_hub_download(repo, file, local_files_only=True))
         except LocalEntryNotFoundError: path = Path(hf_hub_download(repo, file))
     except Exception as e:   # the hub's client and what it is built on raise a dozen kinds
-        raise WeightsError(f'{repo}/{file} could not be fetched ({type(e).__name__}): connect to the network once, or copy the file into the '
-                           "hub's cache (variable HF_HOME) from a machine that has it; nothing of profiles smoke and laptop needs it") from e
+        raise WeightsError(f'{repo}/{file} could not be fetched ({type(e).__name__}): connect to the network once, or '
+                           f'copy the file into the '
+                           "hub's cache (variable HF_HOME) from a machine that has it; nothing of profiles smoke and "
+                           "laptop needs it") from e
     blob = path.resolve().name
     if path.suffix == '.safetensors':
-        if len(blob) == 64 and sha256_file(path) != blob: raise WeightsError(f'{path}: truncated or altered; delete it and fetch it again')
+        if len(blob) == 64 and sha256_file(path) != blob:
+            raise WeightsError(f'{path}: truncated or altered; delete it and fetch it again')
         seal(path)
     return path

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 # %% ../../nbs/data/02_captions.ipynb #98b3ac89
-_SOUNDS_LIKE_YOU = re.compile(r'(eu|ewe|uni|use|usual|ut[ei]|uk\b|us\b|one\b|once\b)', re.I)    # vowel written, consonant spoken
-_SOUNDS_LIKE_EFF = re.compile(r'([FHLMNRSX](-|\d|\b)|(?i:hour|honest|heir))')                   # and the other way round
+# vowel written, consonant spoken
+_SOUNDS_LIKE_YOU = re.compile(r'(eu|ewe|uni|use|usual|ut[ei]|uk\b|us\b|one\b|once\b)', re.I)
+_SOUNDS_LIKE_EFF = re.compile(r'([FHLMNRSX](-|\d|\b)|(?i:hour|honest|heir))')  # and the other way round
 
 def article(noun: str) -> str:
     "Put the indefinite article before a noun phrase, by its sound."
@@ -19,7 +20,8 @@ def article(noun: str) -> str:
     return f'{"an" if vowel else "a"} {noun}'
 
 # %% ../../nbs/data/02_captions.ipynb #60b192eb
-_VERBS = 'is|are|was|lets|resembles|means|carry|carries|called|stands?'    # finite verbs of the package: what follows them explains
+# finite verbs of the package: what follows them explains
+_VERBS = 'is|are|was|lets|resembles|means|carry|carries|called|stands?'
 
 def first_phrase(raw: str) -> str:
     "Cut a description down to what names the thing."
@@ -32,9 +34,10 @@ def first_phrase(raw: str) -> str:
 
 # %% ../../nbs/data/02_captions.ipynb #54174947
 MAX_WORDS = 16
-_BARE = {'some', 'two', 'three', 'the'}                                    # first words that stand in the article's place
+_BARE = {'some', 'two', 'three', 'the'}  # first words that stand in the article's place
 _PLURAL = {'leaves', 'posts', 'fireworks'}                                 # last words of phrases without one
-_SPELLING = {'european': 'European', 'christmas': 'Christmas', 'easter': 'Easter', 't': 'T', 'Red': 'red', 'Gazania': 'gazania', 'Silver': 'silver', 'Gull': 'gull',
+_SPELLING = {'european': 'European', 'christmas': 'Christmas', 'easter': 'Easter', 't': 'T', 'Red': 'red',
+             'Gazania': 'gazania', 'Silver': 'silver', 'Gull': 'gull',
              "Jack-o'-lantern": "jack-o'-lantern"}
 
 def clean_caption(raw: str) -> str:
@@ -179,8 +182,10 @@ BY_HAND = _NATURE | _THINGS | _TOWN | _SKY_AND_FEASTS
 _MEASURES = re.compile(r'^(couple|pair|bunch|cluster|string|head|slice|piece|ear|glass|quarter|circle) of ')
 _LINKS = re.compile(r' (?:of|with|in|on|from|for|covered|inside|hatched|made|and an?|playing|dancing) ')
 _ODD = dict(leaves='leaf', binoculars='binoculars', scissors='scissors', pliers='pliers', pants='pants', mars='Mars')
-_COMPOUNDS = ('sea lion', 'teddy bear', 'candy cane', 'erase marker', 'grave marker', 'cemetery marker', 'monument stone', 'rubber duck', 'traffic light', 'goal posts', 'post box',
-              'toy man', 'roast turkey', 'tractor wheel', 'desert rose', 'lavender plant', 'thyme plant', 'eggplant bush', 'rag doll', 'cement mixer', 'plastic flower', 'top hat')
+_COMPOUNDS = ('sea lion', 'teddy bear', 'candy cane', 'erase marker', 'grave marker', 'cemetery marker',
+              'monument stone', 'rubber duck', 'traffic light', 'goal posts', 'post box',
+              'toy man', 'roast turkey', 'tractor wheel', 'desert rose', 'lavender plant', 'thyme plant',
+              'eggplant bush', 'rag doll', 'cement mixer', 'plastic flower', 'top hat')
 
 def _singular(noun: str) -> str:
     "Undo an English plural, for the nouns of the package."
@@ -196,7 +201,8 @@ groper trout wrasse fish | thyme-plant lavender-plant plant | fedora hat | peahe
 _KIND = {noun: group.split()[-1] for group in re.split(r'[|\n]', KIN) for noun in group.split()}
 
 def head_noun(phrase: str) -> str:
-    "Return the kind of thing a phrase names: `a cluster of grapes` → grape, `a tower with a red flag` → tower, `a doe` → deer."
+    """Return the kind of thing a phrase names: `a cluster of grapes` → grape, `a tower with a red flag` → tower, `a
+    doe` → deer."""
     s = re.sub(r'^(a|an|the|some|two) ', '', phrase.lower())
     s = _LINKS.split(_MEASURES.sub('', s) + ' ')[0].strip()
     noun = next((c.replace(' ', '-') for c in _COMPOUNDS if s.endswith(c)), '') or _singular(s.split()[-1])
@@ -222,7 +228,8 @@ def _factors(tokens: Iterable[str], threshold: float) -> float:
 def mtld(tokens: Sequence[str],             # words in reading order; captions one after another
          threshold: float = .72,            # of the type–token ratio
          ) -> float:
-    "Measure lexical diversity, MTLD: mean words until few are new, forwards and backwards; the number of words if none repeats. McCarthy and Jarvis, 2010."
+    """Measure lexical diversity, MTLD: mean words until few are new, forwards and backwards; the number of words if
+    none repeats. McCarthy and Jarvis, 2010."""
     if not tokens: raise ValueError('tokens: expected at least one word')
     if not 0 < threshold < 1: raise ValueError(f'threshold: expected more than 0 and less than 1, got {threshold}')
     return sum(len(tokens) / (_factors(way, threshold) or 1) for way in (tokens, reversed(tokens))) / 2

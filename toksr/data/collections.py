@@ -18,9 +18,13 @@ from .corpora import collect, Corpus, folder_corpus, load_corpus, save_corpus, S
 def _read_table(path: str | Path, field: str, cache: str | Path | None) -> Any:
     "Read one table of a COCO annotation file with `datasets`; `ValueError` if it is not there."
     from datasets import load_dataset
-    try: return load_dataset('json', data_files=str(path), field=field, split='train', cache_dir=str(cache) if cache else None)
+    try:
+        return load_dataset('json', data_files=str(path), field=field, split='train',
+                            cache_dir=str(cache) if cache else None)
     except FileNotFoundError: raise
-    except Exception as e: raise ValueError(f'{path}: expected a COCO captions file with a table {field!r} ({type(e).__name__}: {str(e)[:80]})') from None
+    except Exception as e:
+        raise ValueError(f'{path}: expected a COCO captions file with a table {field!r} ({type(e).__name__}: '
+                         f'{str(e)[:80]})') from None
 
 # %% ../../nbs/data/06_collections.ipynb #6513dc67
 def coco_corpus(annotations: str | Path,           # captions_train2017.json
@@ -35,9 +39,12 @@ def coco_corpus(annotations: str | Path,           # captions_train2017.json
                 ) -> tuple[Corpus, list[SetAside]]:
     "Read COCO 2017 captions through `datasets`, sorted by image id; T trains on train2017 at 256 px."
     if captions not in ('one', 'all'): raise ValueError(f"captions: expected 'one' or 'all', got {captions!r}")
-    if not Path(annotations).is_file(): raise FileNotFoundError(f'{annotations}: no such file; expected captions_train2017.json or captions_val2017.json')
+    if not Path(annotations).is_file():
+        raise FileNotFoundError(f'{annotations}: no such file; expected captions_train2017.json or '
+                                f'captions_val2017.json')
     said: dict[int, list[str]] = {}
-    for a in sorted(_read_table(annotations, 'annotations', cache), key=lambda a: a['id']): said.setdefault(a['image_id'], []).append(a['caption'])
+    for a in sorted(_read_table(annotations, 'annotations', cache), key=lambda a: a['id']):
+        said.setdefault(a['image_id'], []).append(a['caption'])
     def records():
         for im in sorted(_read_table(annotations, 'images', cache), key=lambda im: im['id']):
             options = said.get(im['id'], [None])
@@ -49,15 +56,18 @@ def coco_corpus(annotations: str | Path,           # captions_train2017.json
 ENRICHED = 'visual-layer/imagenet-1k-vl-enriched'
 
 def _rows(source: str | Path, split: str) -> Any:
-    "Open rows with `image` (not decoded) and `caption_enriched`: parquet files of a local folder, or a dataset of the hub."
+    """Open rows with `image` (not decoded) and `caption_enriched`: parquet files of a local folder, or a dataset of
+    the hub."""
     from datasets import Image as Picture, load_dataset
     if Path(source).is_dir():
-        files = sorted(map(str, Path(source).glob(f'{split}*.parquet'))) or sorted(map(str, Path(source).glob('data/' + f'{split}*.parquet')))
+        files = sorted(map(str, Path(source).glob(f'{split}*.parquet'))) or sorted(map(str,
+                Path(source).glob('data/' + f'{split}*.parquet')))
         if not files: raise FileNotFoundError(f'{source}: no {split}*.parquet')
         rows = load_dataset('parquet', data_files=files, split='train', streaming=True)
     else: rows = load_dataset(str(source), split=split, streaming=True)
     columns = rows.column_names
-    if columns and not {'image', 'caption_enriched'} <= set(columns): raise ValueError(f'{source}: expected columns image and caption_enriched, got {", ".join(columns)}')
+    if columns and not {'image', 'caption_enriched'} <= set(columns):
+        raise ValueError(f'{source}: expected columns image and caption_enriched, got {", ".join(columns)}')
     return rows.cast_column('image', Picture(decode=False))
 
 # %% ../../nbs/data/06_collections.ipynb #ea532004
@@ -94,10 +104,13 @@ def readers(
     folder: str | Path = '',           # one's own: train/, val/, novel/ with pictures and captions (.txt)
 ) -> dict[str, Callable[[int | None, Path], tuple[Corpus, list[SetAside]]]]:
     "How to read each collection: a function of (at most so many; where to write)."
-    def of_coco(part: str): return lambda n, out: coco_corpus(Path(coco)/f'annotations/captions_{part}2017.json', Path(coco)/f'{part}2017', px, n=n, out=out)
+    def of_coco(part: str):
+        return lambda n, out: coco_corpus(Path(coco)/f'annotations/captions_{part}2017.json', Path(coco)/f'{part}2017',
+                                          px, n=n, out=out)
     def of_imagenet(part: str): return lambda n, out: imagenet_enriched_corpus(imagenet, px, part, n=n, out=out)
     def own(part: str): return lambda n, out: folder_corpus(Path(folder)/part, px, n=n, out=out)
-    return ({f'coco {p}': of_coco(p) for p in ('train', 'val')} | {f'imagenet {p}': of_imagenet(p) for p in ('train', 'validation')}
+    return ({f'coco {p}': of_coco(p) for p in ('train', 'val')} | {f'imagenet {p}': of_imagenet(p)
+                                                                   for p in ('train', 'validation')}
             | {p: own(p) for p in ('train', 'sr', 'val', 'novel')})
 
 def photographs(
@@ -107,15 +120,20 @@ def photographs(
     sizes: dict[str, int],             # of train, sr, val, novel and complex: at most so many; 0: all
     **where,                           # see `readers`
 ) -> dict[str, tuple[Corpus, list[SetAside]]]:
-    "Read every split of a source to disk; what could not be read is listed. `ValueError` for an unknown source, an empty split, or no place to read from."
-    if source not in PHOTOGRAPHS: raise ValueError(f'source: expected stamps or one of {", ".join(PHOTOGRAPHS)}, got {source!r}')
+    """Read every split of a source to disk; what could not be read is listed. `ValueError` for an unknown source,
+    an empty split, or no place to read from."""
+    if source not in PHOTOGRAPHS:
+        raise ValueError(f'source: expected stamps or one of {", ".join(PHOTOGRAPHS)}, got {source!r}')
     plan, read, found = PHOTOGRAPHS[source], readers(px, **where), {}
     place = where.get(key := 'folder' if source == 'folder' else 'coco') or ''
-    if not place or not Path(place).is_dir(): raise ValueError(f'{key}: source {source!r} reads from a folder, expected its path, got {str(place)!r}')
-    if source == 'folder' and not (Path(where['folder'])/'sr').is_dir(): plan = {k: v for k, v in plan.items() if k != 'sr'}
+    if not place or not Path(place).is_dir():
+        raise ValueError(f'{key}: source {source!r} reads from a folder, expected its path, got {str(place)!r}')
+    if source == 'folder' and not (Path(where['folder'])/'sr').is_dir():
+        plan = {k: v for k, v in plan.items() if k != 'sr'}
     for split, name in plan.items():
         found[split] = read[name](sizes.get(split) or None, Path(out)/split)
-        if not len(found[split][0]): raise ValueError(f'{split}: {name} gave no picture with a caption; {len(found[split][1])} were set aside')
+        if not len(found[split][0]):
+            raise ValueError(f'{split}: {name} gave no picture with a caption; {len(found[split][1])} were set aside')
     whole = found['val'][0]
     n = min(sizes.get('complex') or len(whole), len(whole))
     save_corpus(longest(whole, n), Path(out)/'complex')

@@ -31,7 +31,8 @@ class Corpus:
         n = len(self.images)
         if self.images.dtype != np.uint8 or self.images.ndim != 4 or self.images.shape[-1] != 3:
             raise ValueError(f'images: expected bytes n h w 3, got {self.images.dtype} {self.images.shape}')
-        if any(len(x) not in ok for x, ok in ((self.captions, (n,)), (self.objects, (0, n)), (self.backgrounds, (0, n)))):
+        if any(len(x) not in ok for x, ok in ((self.captions, (n,)), (self.objects, (0, n)),
+                                              (self.backgrounds, (0, n)))):
             raise ValueError(f'captions: expected one for each of {n} images, got {len(self.captions)} '
                              f'(objects {len(self.objects)}, backgrounds {len(self.backgrounds)})')
 
@@ -52,7 +53,8 @@ def save_corpus(corpus: Corpus, dir: str | Path) -> Path:
     "Write a corpus to a folder, each file whole or not at all; returns the folder."
     d = Path(dir)
     with atomic(d/'images.npy') as part, open(part, 'wb') as f: np.save(f, corpus.images, allow_pickle=False)
-    write_json(d/'captions.json', dict(captions=corpus.captions, objects=corpus.objects, backgrounds=corpus.backgrounds))
+    write_json(d/'captions.json',
+               dict(captions=corpus.captions, objects=corpus.objects, backgrounds=corpus.backgrounds))
     return d
 
 def load_corpus(dir: str | Path,
@@ -61,7 +63,9 @@ def load_corpus(dir: str | Path,
     "Read a corpus from a folder; `FileNotFoundError` if it is not there, `ValueError` if it is damaged."
     d = Path(dir)
     missing = [f for f in ('images.npy', 'captions.json') if not (d/f).is_file()]
-    if missing: raise FileNotFoundError(f'{d}: no {" and no ".join(missing)}; expected a folder written by `save_corpus` (stage `corpus`)')
+    if missing:
+        raise FileNotFoundError(f'{d}: no {" and no ".join(missing)}; expected a folder written by `save_corpus` '
+                                f'(stage `corpus`)')
     try:
         images = np.load(d/'images.npy', allow_pickle=False, mmap_mode='r' if mmap else None)
         said = json.loads((d/'captions.json').read_text(encoding='utf-8'))
@@ -78,13 +82,15 @@ class SetAside(NamedTuple):
 MAX_CAPTION = 1000    # characters; the encoders read at most 77 tokens, about 350
 
 def clean_text(raw: str) -> str:
-    "Make one line of a caption: spaces for line breaks, no control characters; `ValueError` if it is longer than 1,000 characters."
+    """Make one line of a caption: spaces for line breaks, no control characters; `ValueError` if it is longer than
+    1,000 characters."""
     s = ' '.join(''.join(c if c.isprintable() else ' ' for c in raw).split())
-    if len(s) > MAX_CAPTION: raise ValueError(f'the caption has {len(s):,} characters, at most {MAX_CAPTION:,} are read')
+    if len(s) > MAX_CAPTION:
+        raise ValueError(f'the caption has {len(s):,} characters, at most {MAX_CAPTION:,} are read')
     return s
 
 # %% ../../nbs/data/05_corpora.ipynb #647b2fed
-def collect(records: Iterable[tuple[str, str | Path | bytes, str | None]],    # (name, file or its bytes, caption or None)
+def collect(records: Iterable[tuple[str, str | Path | bytes, str | None]],  # (name, file or its bytes, caption or None)
             px: int,                                           # side of the squares
             how: str = 'crop',                                 # crop | squash
             n: int | None = None,                              # stop after so many good ones
@@ -98,15 +104,19 @@ def collect(records: Iterable[tuple[str, str | Path | bytes, str | None]],    # 
             try:
                 if caption is None or not (said := clean_text(caption)): raise ValueError('no caption')
                 square = fit(read_image(source), px, how)     # px px 3
-            except Exception as e: aside.append(SetAside(name, getattr(e, 'reason', ' '.join(str(e).split()) or type(e).__name__)))
-            else: captions.append(said); yield square
+            except Exception as e:
+                aside.append(SetAside(name, getattr(e, 'reason', ' '.join(str(e).split()) or type(e).__name__)))
+            else:
+                captions.append(said)
+                yield square
     if dir is None:
         blocks = list(good())
         return Corpus(np.stack(blocks) if blocks else np.empty((0, px, px, 3), np.uint8), captions), aside
     with atomic(Path(dir)/'images.npy') as part, open(part, 'wb') as f:
         f.write(_header((0, px, px, 3)))
         for square in good(): f.write(square.tobytes())
-        f.seek(0); f.write(_header((len(captions), px, px, 3)))
+        f.seek(0)
+        f.write(_header((len(captions), px, px, 3)))
     write_json(Path(dir)/'captions.json', dict(captions=captions, objects=[], backgrounds=[]))
     return load_corpus(dir, mmap=bool(captions)), aside
 
@@ -119,13 +129,14 @@ def _caption_beside(p: Path) -> str | None:
     try: return txt.read_text(encoding='utf-8-sig') if txt.is_file() else None
     except UnicodeDecodeError: return txt.read_text(encoding='latin-1')
 
-def folder_corpus(dir: str | Path,                  # pictures, with captions in .txt files beside them; subfolders count
+def folder_corpus(dir: str | Path,  # pictures, with captions in .txt files beside them; subfolders count
                   px: int,                          # side of the squares
                   how: str = 'crop',                # crop | squash
                   n: int | None = None,             # at most so many
                   out: str | Path | None = None,    # write the corpus there while reading
                   ) -> tuple[Corpus, list[SetAside]]:
-    "Read a folder of captioned pictures, sorted by name; `FileNotFoundError` or `ValueError` if there is nothing to read."
+    """Read a folder of captioned pictures, sorted by name; `FileNotFoundError` or `ValueError` if there is nothing
+    to read."""
     d = Path(dir)
     if not d.is_dir(): raise FileNotFoundError(f'{d}: no such folder')
     files = sorted(p for p in d.rglob('*') if p.suffix.lower() in SUFFIXES and p.is_file())

@@ -19,16 +19,19 @@ def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
         return F.interpolate(x.float(), size=size, mode='bicubic', antialias=True, align_corners=False)
 
 def _as_pillow(x: Tensor, size: tuple[int, int]) -> Tensor:
-    "Resize along the rows, clamp, along the columns, clamp: Pillow keeps bytes between its two passes, which cuts overshoots."
+    """Resize along the rows, clamp, along the columns, clamp: Pillow keeps bytes between its two passes, which cuts
+    overshoots."""
     x = _resize(x, (x.shape[-2], size[1])).clamp(0, 1)     # b 3 h w'
     return _resize(x, size).clamp(0, 1)                    # b 3 h' w'
 
 def downscale(x: Tensor,       # b 3 h w in [0, 1]
               factor: int,     # 4: a sixteenth of the pixels
               ) -> Tensor:     # b 3 h/factor w/factor in [0, 1]
-    "Make low-resolution images: bicubic with antialiasing, as Pillow within one level of 255; `ValueError` if `factor` does not divide the sides."
+    """Make low-resolution images: bicubic with antialiasing, as Pillow within one level of 255; `ValueError` if
+    `factor` does not divide the sides."""
     h, w = x.shape[-2:]
-    if factor < 1 or h % factor or w % factor: raise ValueError(f'factor: expected a divisor of {h} and {w}, got {factor}')
+    if factor < 1 or h % factor or w % factor:
+        raise ValueError(f'factor: expected a divisor of {h} and {w}, got {factor}')
     return _as_pillow(x, (h // factor, w // factor))
 
 def upscale(x: Tensor,         # b 3 h w in [0, 1]
@@ -51,7 +54,8 @@ def lr_consistency(sr: Tensor,     # b 3 h w in [0, 1]: the answer
 def _factor(sr: Tensor, lr: Tensor) -> int:
     "Return how many times larger `sr` is than `lr`, or say that it is not."
     (h, w), (y, x) = sr.shape[-2:], lr.shape[-2:]
-    if y == 0 or h % y or h // y * x != w: raise ValueError(f'sr: expected sides that are one multiple of {y}×{x}, got {h}×{w}')
+    if y == 0 or h % y or h // y * x != w:
+        raise ValueError(f'sr: expected sides that are one multiple of {y}×{x}, got {h}×{w}')
     return h // y
 
 # %% ../../nbs/data/07_degradations.ipynb #572e21db
@@ -59,7 +63,8 @@ def back_project(sr: Tensor,     # b 3 h w in [0, 1]
                  lr: Tensor,     # b 3 h/k w/k in [0, 1]
                  n: int = 3,     # rounds
                  ) -> Tensor:    # b 3 h w in [0, 1]
-    "Pull an answer towards agreement with its low-resolution image: `n` times, add the enlarged difference. Irani and Peleg, 1991."
+    """Pull an answer towards agreement with its low-resolution image: `n` times, add the enlarged difference. Irani
+    and Peleg, 1991."""
     _factor(sr, lr)
     x = sr.float()                                                          # b 3 h w
     for _ in range(n):
@@ -68,10 +73,14 @@ def back_project(sr: Tensor,     # b 3 h w in [0, 1]
 
 # %% ../../nbs/data/07_degradations.ipynb #c3af6375
 def blur(x: Tensor, sigma: float) -> Tensor:
-    "Blur images b 3 h w with a Gaussian of `sigma` pixels, mirrored at the border; `ValueError` if the kernel is wider than the picture."
+    """Blur images b 3 h w with a Gaussian of `sigma` pixels, mirrored at the border; `ValueError` if the kernel is
+    wider than the picture."""
     r = max(1, round(3 * sigma))
-    if sigma <= 0 or r >= min(x.shape[-2:]): raise ValueError(f'sigma: expected more than 0 and less than {min(x.shape[-2:]) / 3:.1f} for sides {tuple(x.shape[-2:])}, got {sigma}')
-    k = torch.exp(-torch.arange(-r, r + 1, dtype=x.dtype, device=x.device)**2 / (2 * sigma**2)); k = k / k.sum()
+    if sigma <= 0 or r >= min(x.shape[-2:]):
+        raise ValueError(f'sigma: expected more than 0 and less than {min(x.shape[-2:]) / 3:.1f} for sides '
+                         f'{tuple(x.shape[-2:])}, got {sigma}')
+    k = torch.exp(-torch.arange(-r, r + 1, dtype=x.dtype, device=x.device)**2 / (2 * sigma**2))
+    k = k / k.sum()
     y = F.pad(x, (r, r, r, r), mode='reflect').flatten(0, 1)[:, None]                     # bc 1 h+2r w+2r
     return F.conv2d(F.conv2d(y, k.view(1, 1, 1, -1)), k.view(1, 1, -1, 1)).view_as(x)     # b 3 h w
 
@@ -87,7 +96,8 @@ def noise(
     first: int = 0,    # number of the first image
 ) -> Tensor:           # b 3 h w in [0,1]
     "Add white Gaussian noise and clamp."
-    return (x + sigma * _each(x, seed, first, lambda g: g.standard_normal(tuple(x.shape[1:]), np.float32)).to(x)).clamp(0, 1)
+    return (x + sigma * _each(x, seed, first,
+                              lambda g: g.standard_normal(tuple(x.shape[1:]), np.float32)).to(x)).clamp(0, 1)
 
 def missing(
     x: Tensor,         # b 3 h w in [0,1]
@@ -107,7 +117,8 @@ def missing(
     return torch.where(_each(x, seed, first, hole).to(x.device), torch.full_like(x, .5), x)
 
 # %% ../../nbs/data/07_degradations.ipynb #f1d29d4c
-LEVELS = dict(blur=(1., 2., 4.), noise=(.05, .15, .3), missing=(.1, .25, .5), low_resolution=(2, 4, 8))   # sigma in 64ths of the side; deviation; share; factor
+# sigma in 64ths of the side; deviation; share; factor
+LEVELS = dict(blur=(1., 2., 4.), noise=(.05, .15, .3), missing=(.1, .25, .5), low_resolution=(2, 4, 8))
 
 def corrupt(
     x: Tensor,             # b 3 h w in [0,1]

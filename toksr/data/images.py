@@ -37,10 +37,13 @@ def _eight_bits(im: Image.Image) -> Image.Image:
 
 # %% ../../nbs/data/01_images.ipynb #5d1e1abc
 def _to_srgb(im: Image.Image) -> Image.Image:
-    "Apply the embedded colour profile of an RGB, grey or CMYK image; without one, or with a broken one, return the image as it is."
+    """Apply the embedded colour profile of an RGB, grey or CMYK image; without one, or with a broken one, return
+    the image as it is."""
     icc = im.info.get('icc_profile')
     if not icc or im.mode not in ('RGB', 'L', 'CMYK'): return im
-    try: return ImageCms.profileToProfile(im, ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile('sRGB'), outputMode='RGB')
+    try:
+        return ImageCms.profileToProfile(im, ImageCms.ImageCmsProfile(io.BytesIO(icc)), ImageCms.createProfile('sRGB'),
+                                         outputMode='RGB')
     except (ImageCms.PyCMSError, OSError, ValueError, TypeError): return im
 
 # %% ../../nbs/data/01_images.ipynb #9f2d9288
@@ -57,7 +60,7 @@ def _upright(im: Image.Image) -> Image.Image:
     except Exception: return im      # the EXIF parser meets raw bytes and raises almost anything
 
 # %% ../../nbs/data/01_images.ipynb #63482ef7
-FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')     # where Pillow was built with them
+FORMATS = ('PNG', 'JPEG', 'WEBP', 'GIF', 'BMP', 'TIFF', 'PPM', 'AVIF', 'JPEG2000')  # where Pillow was built with them
 
 @contextmanager
 def _strict() -> Iterator[None]:
@@ -74,7 +77,8 @@ def _strict() -> Iterator[None]:
 def decode(im: Image.Image,                # an opened image, pixels not loaded yet
            max_pixels: int = 64_000_000,   # larger pictures are refused
            ) -> np.ndarray:                # bytes, h w 3
-    "Decode the first frame to upright sRGB over white; raises whatever Pillow raises, `ValueError` for what is too large."
+    """Decode the first frame to upright sRGB over white; raises whatever Pillow raises, `ValueError` for what is
+    too large."""
     w, h = im.size
     if w * h > max_pixels: raise ValueError(f'{w}×{h} pixels, at most {max_pixels:,} are read')
     im.load()
@@ -92,8 +96,9 @@ def read_image(source: str | Path | bytes,      # a file in any of `FORMATS`, wh
             f.seek(0)
             with Image.open(f, formats=[k for k in FORMATS if k in Image.OPEN]) as im: return decode(im, max_pixels)
     except FileNotFoundError: raise BadImage(name, 'there is no such file') from None
-    except Image.UnidentifiedImageError: raise BadImage(name, f'not an image (formats read: {", ".join(FORMATS)})') from None
-    except Exception as e:       # decoders meet hostile bytes: OSError, SyntaxError, struct.error, zlib.error, IndexError, …
+    except Image.UnidentifiedImageError:
+        raise BadImage(name, f'not an image (formats read: {", ".join(FORMATS)})') from None
+    except Exception as e:  # decoders meet hostile bytes: OSError, SyntaxError, struct.error, zlib.error, IndexError, …
         raise BadImage(name, ' '.join(str(e).split()) or type(e).__name__) from None
 
 # %% ../../nbs/data/01_images.ipynb #e097eb2f
@@ -121,4 +126,5 @@ def to_float(
 ) -> Tensor:             # n 3 h w float32 in [0,1]
     "Turn byte images into what the models eat."
     x = np.ascontiguousarray(images)
-    return torch.from_numpy(x if x.flags.writeable else x.copy()).permute(0, 3, 1, 2).float().div_(255).contiguous()      # a memory map may not be written to
+    # a memory map may not be written to
+    return torch.from_numpy(x if x.flags.writeable else x.copy()).permute(0, 3, 1, 2).float().div_(255).contiguous()

@@ -32,14 +32,17 @@ def caption_of(objects: Sequence[str],             # noun phrases: ['a tiger', '
     return f'{sentence[0].upper()}{sentence[1:]}.' if sentence else ''
 
 # %% ../../nbs/data/04_scenes.ipynb #e479cf88
-COLOURS = dict(white=(240, 240, 240), black=(20, 20, 22), gray=(128, 128, 128), red=(200, 40, 40), green=(60, 150, 60), blue=(50, 90, 200), yellow=(235, 210, 60),
-               orange=(240, 140, 40), purple=(130, 60, 160), pink=(240, 160, 190), brown=(120, 80, 45), teal=(30, 140, 140), beige=(225, 210, 180),
+COLOURS = dict(white=(240, 240, 240), black=(20, 20, 22), gray=(128, 128, 128), red=(200, 40, 40), green=(60, 150, 60),
+               blue=(50, 90, 200), yellow=(235, 210, 60),
+               orange=(240, 140, 40), purple=(130, 60, 160), pink=(240, 160, 190), brown=(120, 80, 45),
+               teal=(30, 140, 140), beige=(225, 210, 180),
                turquoise=(80, 200, 200), navy=(25, 35, 90), olive=(120, 125, 50))
 
 def _two_colours(rng: np.random.Generator) -> tuple[list[str], list[np.ndarray]]:
     "Draw two different colours: their names, and shifted values (float32, 3)."
     names = [list(COLOURS)[i] for i in rng.choice(len(COLOURS), 2, replace=False)]
-    return names, [np.clip(np.array(COLOURS[n], np.float32) + rng.normal(0, 8, 3), 0, 255).astype(np.float32) for n in names]
+    return names, [np.clip(np.array(COLOURS[n], np.float32) + rng.normal(0, 8, 3), 0, 255).astype(np.float32)
+                   for n in names]
 
 def plain(rng: np.random.Generator, px: int) -> tuple[np.ndarray, str]:
     "Fill a background (float32 px px 3) with one named colour; returns it and its phrase."
@@ -47,7 +50,8 @@ def plain(rng: np.random.Generator, px: int) -> tuple[np.ndarray, str]:
     return np.broadcast_to(colours[0], (px, px, 3)), article(f'{names[0]} background')
 
 def gradient(rng: np.random.Generator, px: int) -> tuple[np.ndarray, str]:
-    "Blend a background (float32 px px 3) from one named colour to another, in any direction; returns it and its phrase."
+    """Blend a background (float32 px px 3) from one named colour to another, in any direction; returns it and its
+    phrase."""
     names, (a, b) = _two_colours(rng)
     angle, r = rng.random() * 2 * np.pi, np.linspace(-1, 1, px, dtype=np.float32)
     along = (r * np.float32(np.cos(angle)))[None] * .5 + (r * np.float32(np.sin(angle)))[:, None] * .5 + .5      # px px
@@ -55,17 +59,28 @@ def gradient(rng: np.random.Generator, px: int) -> tuple[np.ndarray, str]:
 
 # %% ../../nbs/data/04_scenes.ipynb #a539f897
 TEXTURES = {
-    'animals/birds/helmeted_guineafowl': 'a dotted feather', 'animals/birds/turkey': 'a dark feather', 'animals/mammals/bears/european-bear': 'a gray fur',
-    'animals/mammals/bovines/gnu-baby': 'a brown hide', 'animals/mammals/bovines/sheep': 'a wool', 'animals/mammals/bovines/yak': 'a black fur',
-    'animals/mammals/cats/tiger_sumatran': 'a tiger fur', 'animals/mammals/elephant': 'an elephant skin', 'animals/mammals/rodents/capybara': 'a brown fur',
-    'food/fruit/Apricot_whole': 'an apricot skin', 'food/fruit/Strawberry2': 'a strawberry', 'food/fruit/avocado': 'an avocado skin',
-    'food/fruit/cherimoya': 'a cherimoya skin', 'food/fruit/kiwi': 'a kiwi skin', 'food/fruit/orange_seville': 'an orange peel', 'food/spices/ginger': 'a ginger root',
-    'food/vegetables/broccoli': 'a broccoli', 'food/vegetables/lettuce': 'a green leaf', 'food/vegetables/redlettuce': 'a lettuce leaf',
-    'household/cylinder': 'a red metal', 'household/tools/spade': 'a scratched metal', 'plants/flowers/anemone_red': 'a red petal',
-    'plants/flowers/marigold': 'a marigold petal', 'plants/flowers/rose': 'a rose petal', 'plants/trees/holm_oak': 'a leaf', 'plants/trees/pinecone': 'a pinecone',
-    'plants/trees/rambutan': 'a fluffy red', 'seasonal/christmas/Mince_Pie': 'a pie crust', 'seasonal/christmas/Roast_turkey': 'a roast meat',
-    'seasonal/halloween/grave-a': 'a mossy stone', 'seasonal/halloween/grave-b': 'a weathered stone', 'seasonal/halloween/grave-g': 'a brown stone',
-    'seasonal/halloween/grave-j': 'a pale stone', 'space/moon/moon_full': 'a moon rock', 'space/planets/5_jupiter': 'a striped cloud', 'town/monuments/inukshuk-photo': 'a stone'}
+    'animals/birds/helmeted_guineafowl': 'a dotted feather', 'animals/birds/turkey': 'a dark feather',
+    'animals/mammals/bears/european-bear': 'a gray fur',
+    'animals/mammals/bovines/gnu-baby': 'a brown hide', 'animals/mammals/bovines/sheep': 'a wool',
+    'animals/mammals/bovines/yak': 'a black fur',
+    'animals/mammals/cats/tiger_sumatran': 'a tiger fur', 'animals/mammals/elephant': 'an elephant skin',
+    'animals/mammals/rodents/capybara': 'a brown fur',
+    'food/fruit/Apricot_whole': 'an apricot skin', 'food/fruit/Strawberry2': 'a strawberry',
+    'food/fruit/avocado': 'an avocado skin',
+    'food/fruit/cherimoya': 'a cherimoya skin', 'food/fruit/kiwi': 'a kiwi skin',
+    'food/fruit/orange_seville': 'an orange peel', 'food/spices/ginger': 'a ginger root',
+    'food/vegetables/broccoli': 'a broccoli', 'food/vegetables/lettuce': 'a green leaf',
+    'food/vegetables/redlettuce': 'a lettuce leaf',
+    'household/cylinder': 'a red metal', 'household/tools/spade': 'a scratched metal',
+    'plants/flowers/anemone_red': 'a red petal',
+    'plants/flowers/marigold': 'a marigold petal', 'plants/flowers/rose': 'a rose petal',
+    'plants/trees/holm_oak': 'a leaf', 'plants/trees/pinecone': 'a pinecone',
+    'plants/trees/rambutan': 'a fluffy red', 'seasonal/christmas/Mince_Pie': 'a pie crust',
+    'seasonal/christmas/Roast_turkey': 'a roast meat',
+    'seasonal/halloween/grave-a': 'a mossy stone', 'seasonal/halloween/grave-b': 'a weathered stone',
+    'seasonal/halloween/grave-g': 'a brown stone',
+    'seasonal/halloween/grave-j': 'a pale stone', 'space/moon/moon_full': 'a moon rock',
+    'space/planets/5_jupiter': 'a striped cloud', 'town/monuments/inukshuk-photo': 'a stone'}
 
 def opaque_square(alpha: np.ndarray) -> tuple[int, int, int]:
     "Find the largest fully opaque square of an alpha channel (h w): x, y, side; by bisection on an integral image."
@@ -96,7 +111,7 @@ def texture(rng: np.random.Generator, px: int, textures: list) -> tuple[np.ndarr
     phrase, im = textures[rng.integers(len(textures))]
     n = rng.uniform(.85, 1) * min(im.size)
     x, y = rng.uniform(0, im.width - n), rng.uniform(0, im.height - n)
-    t = np.asarray(im.resize((px, px), Image.Resampling.BICUBIC, box=(x, y, x + n, y + n)), dtype=np.float32)     # px px 3
+    t = np.asarray(im.resize((px, px), Image.Resampling.BICUBIC, box=(x, y, x + n, y + n)), dtype=np.float32)  # px px 3
     return np.rot90(t, int(rng.integers(4))) * np.float32(rng.uniform(.8, 1.2)), phrase
 
 # %% ../../nbs/data/04_scenes.ipynb #93ca0433
@@ -104,7 +119,8 @@ SIZES = ((.60, .92), (.46, .66), (.36, .50))     # of the picture's side, for on
 
 def _overlap(a: tuple, b: tuple) -> int:
     "Count the pixels that two boxes (x, y, w, h) share."
-    return max(0, min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])) * max(0, min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1]))
+    return max(0, min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])) * max(0,
+            min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1]))
 
 def _place(rng: np.random.Generator, px: int, w: int, h: int, taken: list) -> tuple[int, int, int, int]:
     "Choose a box for an object of w × h, away from the boxes that are taken."
@@ -140,11 +156,13 @@ class Scene:
 # %% ../../nbs/data/04_scenes.ipynb #4cab1567
 def _steps(name: str, shares: Sequence[float]) -> np.ndarray:
     "Sum three probabilities up; `ValueError` if they are not."
-    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6: raise ValueError(f'{name}: expected three probabilities that add up to 1, got {shares}')
+    if len(shares) != 3 or min(shares) < 0 or abs(sum(shares) - 1) > 1e-6:
+        raise ValueError(f'{name}: expected three probabilities that add up to 1, got {shares}')
     return np.cumsum(shares)
 
 def _pick(rng: np.random.Generator, photos: list[Stamp], drawings: list[Stamp], steps: np.ndarray) -> list[Stamp]:
-    "Choose the stamps of one scene, no two of a family; where drawings are offered, a scene of fewer than three begins with one."
+    """Choose the stamps of one scene, no two of a family; where drawings are offered, a scene of fewer than three
+    begins with one."""
     n, picked = 1 + int(np.searchsorted(steps[:2], rng.random(), side='right')), []
     while len(picked) < n:
         pool = drawings if drawings and (rng.random() < .5 or (n < 3 and not picked)) else photos
@@ -162,16 +180,21 @@ class SceneMaker:
                  split: str = 'train',               # train | val | novel | complex
                  seed: int = 0,
                  backgrounds: Sequence[float] = (.34, .34, .32),    # probabilities of plain, gradient and texture
-                 root: str | Path | None = None):    # the stamps' directory, for textures; None: where `toksr.core.paths` finds it
+                 # the stamps' directory, for textures; None: where `toksr.core.paths` finds it
+                 root: str | Path | None = None):
         if split not in SPLITS: raise ValueError(f'split: expected one of {", ".join(SPLITS)}, got {split!r}')
         if not 8 <= px <= 1024: raise ValueError(f'px: expected 8 to 1024, got {px}')
         novel = novel_families(stamps, keep=set(TEXTURES))
         self.px, self.split, self.seed = px, split, seed
         self.photos = [s for s in stamps if s.is_photo and (s.family in novel) == (split == 'novel')]
         self.drawings = [s for s in stamps if not s.is_photo] if split == 'complex' else []
-        self.objects, self.backgrounds = _steps('objects', COMPLEX_MIX if split == 'complex' else objects), _steps('backgrounds', backgrounds)
+        self.objects, self.backgrounds = _steps('objects',
+                                                COMPLEX_MIX if split == 'complex' else objects), _steps('backgrounds',
+                                                                                                        backgrounds)
         self.textures = load_textures(root or stamps_dir(), held_out=split != 'train')
-        if not self.photos or not self.textures: raise ValueError(f'stamps: {len(self.photos)} photographs and {len(self.textures)} textures for split {split}, expected some')
+        if not self.photos or not self.textures:
+            raise ValueError(f'stamps: {len(self.photos)} photographs and {len(self.textures)} textures for split '
+                             f'{split}, expected some')
 
     def scene(self, index: int) -> Scene:
         "Make scene number `index`."
@@ -211,7 +234,8 @@ def partial_captions(corpus: Corpus,             # scenes
     return [caption_of(o, b if background else '', keep=rest(o)) for o, b in zip(corpus.objects, corpus.backgrounds)]
 
 def wrong_captions(corpus: Corpus, seed: int = 0) -> list[str]:
-    "Give each scene the caption of another one that shares none of its objects; `ValueError` if there is no such order."
+    """Give each scene the caption of another one that shares none of its objects; `ValueError` if there is no such
+    order."""
     n, rng, sets = len(corpus), np.random.default_rng(seed), [set(o) for o in corpus.objects]
     order = rng.permutation(n)
     for _ in range(100):
@@ -220,4 +244,5 @@ def wrong_captions(corpus: Corpus, seed: int = 0) -> list[str]:
         for i in clash:
             j = int(rng.integers(n))
             order[i], order[j] = order[j], order[i]
-    raise ValueError(f'corpus: no way found to give {n} scenes captions of others; expected more scenes, or more different objects')
+    raise ValueError(f'corpus: no way found to give {n} scenes captions of others; expected more scenes, or more '
+                     f'different objects')

@@ -51,7 +51,8 @@ def drawn_score(rgba: np.ndarray,          # bytes, h w 4
                 filed_as_cartoon: bool = False,
                 ) -> float:                # > 0: a drawing
     "Score how drawn a cut-out looks. Weights: logistic regression on 515 stamps sorted by eye, 95 % right."
-    if _three_by_three(rgba[..., 3] >= 200, np.logical_and).sum() < 50: return 1. + 1.5 * filed_as_cartoon     # nothing to judge by
+    # nothing to judge by
+    if _three_by_three(rgba[..., 3] >= 200, np.logical_and).sum() < 50: return 1. + 1.5 * filed_as_cartoon
     return 10.8 * flatness(rgba) + 7.3 * commonest(rgba) - 3.6 + 1.5 * filed_as_cartoon
 
 # %% ../../nbs/data/03_stamps.ipynb #0bf5bd27
@@ -67,12 +68,14 @@ IS_PHOTO = {**dict.fromkeys(_PHOTOS.split(), True), **dict.fromkeys(_DRAWINGS.sp
 _VARIANT = re.compile(r'(?<![a-z])(black|white|red|green|blue|yellow|brown|pink|purple|gold(en)?|silver|left|right|little|large|small|old|new|[a-z])(?![a-z])|\d+| ')
 
 def stem(name: str) -> str:
-    "Strip what tells variants apart from a file name: `scissors_small_open` → scissorsopen, `flower10` → flower, `red-gazania` → gazania."
+    """Strip what tells variants apart from a file name: `scissors_small_open` → scissorsopen, `flower10` → flower,
+    `red-gazania` → gazania."""
     return _VARIANT.sub('', re.sub('[-_]', ' ', Path(name).name).lower())
 
 # %% ../../nbs/data/03_stamps.ipynb #727c5d44
 def phash(cut: Image.Image) -> tuple[int, int]:
-    "Hash a cut-out (RGBa) on grey, and its mirror image: 64 bits, one per low cosine frequency of the 32×32 luma, set where it is above the median."
+    """Hash a cut-out (RGBa) on grey, and its mirror image: 64 bits, one per low cosine frequency of the 32×32 luma,
+    set where it is above the median."""
     small = np.asarray(cut.resize((32, 32), Image.Resampling.BICUBIC, reducing_gap=3.), dtype=np.float64)      # 32 32 4
     x = small[..., :3] @ (.299, .587, .114) + 128 - small[..., 3] * (128 / 255)                                # 32 32
     cosines = np.cos(np.pi * np.outer(np.arange(9), np.arange(32) + .5) / 32)                                  # 9 32
@@ -88,7 +91,8 @@ def families(names: list[str],                      # files
              captions: list[str],                   # noun phrases
              hashes: list[tuple[int, int]],         # perceptual hashes
              ) -> list[str]:                        # a family for each
-    "Group near duplicates: same head noun, same file-name stem, or alike to look at (and so on, through common members)."
+    """Group near duplicates: same head noun, same file-name stem, or alike to look at (and so on, through common
+    members)."""
     group = list(range(len(names)))
     def root(i):
         while group[i] != i: i = group[i]
@@ -134,21 +138,26 @@ class Stamp:
     image: Image.Image         # RGBa (premultiplied), longest side at most `px`
 
 # %% ../../nbs/data/03_stamps.ipynb #9bb0acc7
-_NO_OBJECT = {'vehicles/emergency/sedan_police', 'seasonal/newyears/confetti', 'seasonal/newyears/fireworks', 'seasonal/christmas/lamp'}
+_NO_OBJECT = {'vehicles/emergency/sedan_police', 'seasonal/newyears/confetti', 'seasonal/newyears/fireworks',
+              'seasonal/christmas/lamp'}
 
 def stamp_files(root: str | Path | None = None) -> list[tuple[str, Path]]:
     "List the stamps that are pictures of things: (name, PNG file), sorted; `FileNotFoundError` if there are none."
     root = Path(root or stamps_dir())
     named = [(p.relative_to(root).with_suffix('').as_posix(), p) for p in sorted(root.rglob('*.png'))]
-    found = [(n, p) for n, p in named if not n.startswith('symbols/') and 'mirror' not in p.stem and n not in _NO_OBJECT and p.with_suffix('.txt').exists()]
-    if not found: raise FileNotFoundError(f'{root}: no PNG files with captions (.txt) beside them; expected the stamps of tuxpaint-stamps-default')
+    found = [(n, p) for n, p in named if not n.startswith('symbols/') and 'mirror' not in p.stem
+             and n not in _NO_OBJECT and p.with_suffix('.txt').exists()]
+    if not found:
+        raise FileNotFoundError(f'{root}: no PNG files with captions (.txt) beside them; expected the stamps of '
+                                f'tuxpaint-stamps-default')
     return found
 
 def manifest(root: str | Path | None = None) -> str:
     "Hash names, pictures and captions of all stamps (SHA-256): equal manifests make equal scenes."
     h = hashlib.sha256()
     for name, p in stamp_files(root):
-        for part in (name.encode(), p.read_bytes(), p.with_suffix('.txt').read_bytes()): h.update(hashlib.sha256(part).digest())
+        for part in (name.encode(), p.read_bytes(), p.with_suffix('.txt').read_bytes()):
+            h.update(hashlib.sha256(part).digest())
     return h.hexdigest()
 
 # %% ../../nbs/data/03_stamps.ipynb #b0abf943
@@ -161,7 +170,8 @@ def cut_out(path: str | Path) -> Image.Image | None:
 def shrink(im: Image.Image, px: int) -> Image.Image:
     "Scale the longest side of a premultiplied cut-out (RGBa) down to `px`; smaller ones keep their size."
     k = px / max(im.size)
-    return im if k >= 1 else im.resize((max(1, round(im.width * k)), max(1, round(im.height * k))), Image.Resampling.LANCZOS)
+    return im if k >= 1 else im.resize((max(1, round(im.width * k)), max(1, round(im.height * k))),
+                                       Image.Resampling.LANCZOS)
 
 # %% ../../nbs/data/03_stamps.ipynb #c8db516b
 def load_stamps(root: str | Path | None = None,     # the package's directory; None: where `toksr.core.paths` finds it
@@ -172,7 +182,8 @@ def load_stamps(root: str | Path | None = None,     # the package's directory; N
     rows, seen = [], set()
     for name, p in stamp_files(root):
         im = cut_out(p)
-        caption = BY_HAND.get(name) or clean_caption(p.with_suffix('.txt').read_text(encoding='utf-8', errors='replace'))
+        caption = BY_HAND.get(name) or clean_caption(p.with_suffix('.txt').read_text(encoding='utf-8',
+                                                                                     errors='replace'))
         if im is None or not caption or max(im.size) < min_side: continue
         cut = im.convert('RGBa')
         looks = phash(cut)
@@ -181,12 +192,14 @@ def load_stamps(root: str | Path | None = None,     # the package's directory; N
         score = drawn_score(middle(np.asarray(im)), '/cartoon/' in name)
         rows.append((name, caption, score, im.size, looks, shrink(cut, px)))
     kin = families([r[0] for r in rows], [r[1] for r in rows], [r[4] for r in rows])
-    return [Stamp(name, caption, family, IS_PHOTO.get(name, score <= 0), score, name not in NO_MIRROR, size, looks, image)
+    return [Stamp(name, caption, family, IS_PHOTO.get(name, score <= 0), score, name not in NO_MIRROR, size,
+                  looks, image)
             for (name, caption, score, size, looks, image), family in zip(rows, kin)]
 
 # %% ../../nbs/data/03_stamps.ipynb #442c9f29
 def novel_families(stamps: list[Stamp],                         # from `load_stamps`
-                   keep: frozenset[str] | set[str] = frozenset(),   # names of stamps whose families must stay in training
+                   # names of stamps whose families must stay in training
+                   keep: frozenset[str] | set[str] = frozenset(),
                    share: float = .12,                          # of the families with photographs
                    seed: int = 0,
                    ) -> set[str]:

@@ -45,10 +45,12 @@ def flow_loss(
     noise: Tensor,                           # b n d, standard normal
     drops: dict[str, Tensor] | None = None,  # see `toksr.diffusion.schedules.draw_drops`
 ) -> Tensor:
-    "Squared error of the velocity, one float32 number per picture (SD3 eq. 2). `ValueError` for an answer of another shape."
+    """Squared error of the velocity, one float32 number per picture (SD3 eq. 2). `ValueError` for an answer of
+    another shape."""
     t, noise, drops = to_device(x0.device, t, noise, drops)
     pred = model(on_line(x0, noise, t), 1000 * t, **cond, **drops)                               # b n d
-    if pred.shape != x0.shape: raise ValueError(f'the model answered {tuple(pred.shape)} to tokens of shape {tuple(x0.shape)}')
+    if pred.shape != x0.shape:
+        raise ValueError(f'the model answered {tuple(pred.shape)} to tokens of shape {tuple(x0.shape)}')
     return (pred.float() - (noise - x0).float()).square().flatten(1).mean(1)                     # b
 
 @torch.no_grad()
@@ -74,7 +76,7 @@ def euler_sample(
     return x
 
 # %% ../../nbs/diffusion/03_flow.ipynb #2f9596b8
-P_MEAN, P_STD, SIGMA_MIN, SIGMA_MAX = -1. - math.log(.5), 1.4, .004, 80.                         # Inf-DiT's, for data of unit deviation
+P_MEAN, P_STD, SIGMA_MIN, SIGMA_MAX = -1. - math.log(.5), 1.4, .004, 80.  # Inf-DiT's, for data of unit deviation
 
 def edm_sigmas(b: int, generator: torch.Generator) -> Tensor:
     "Draw noise levels for training: log-normal, b."
@@ -90,7 +92,7 @@ def denoise(
     "Clean tokens as the preconditioned network sees them, b n d float32 (EDM eq. 7, data of unit deviation)."
     s = spread(sigma, x)                                                                         # b 1 1
     size = (s**2 + 1).sqrt()
-    time = 500 + 100 * sigma.log()                                                               # b; EDM: ln(sigma)/4, in units of the time embedder
+    time = 500 + 100 * sigma.log()  # b; EDM: ln(sigma)/4, in units of the time embedder
     return x / size**2 + s / size * model(x / size, time, **cond, **kwargs).float()              # b n d
 
 def edm_loss(
@@ -101,7 +103,8 @@ def edm_loss(
     noise: Tensor,                           # b n d, standard normal
     drops: dict[str, Tensor] | None = None,  # see `toksr.diffusion.schedules.draw_drops`
 ) -> Tensor:
-    "Squared error of the denoised tokens, weighted so that every noise level counts alike: one float32 number per picture (EDM eq. 8)."
+    """Squared error of the denoised tokens, weighted so that every noise level counts alike: one float32 number per
+    picture (EDM eq. 8)."""
     sigma, noise, drops = to_device(x0.device, sigma, noise, drops)
     error = denoise(model, x0 + spread(sigma, x0) * noise, sigma, cond, **drops) - x0            # b n d
     return ((sigma**2 + 1) / sigma**2) * error.square().flatten(1).mean(1)                       # b

@@ -24,9 +24,12 @@ def mirrored(
     total, config = schedule.config.num_train_timesteps, schedule.config
     if not (1 <= steps <= total and total % steps == 0):
         raise ValueError(f'steps={steps} must divide the chain of {total}: use 1, 2, 4, 5, 8, 10, 20, 25, 50, ...')
-    shared = dict(clip_sample=False, set_alpha_to_one=config.get('set_alpha_to_one', True), steps_offset=min(config.get('steps_offset', 0), total // steps - 1),   # a full chain has no room for an offset
+    # a full chain has no room for an offset
+    shared = dict(clip_sample=False, set_alpha_to_one=config.get('set_alpha_to_one', True),
+                  steps_offset=min(config.get('steps_offset', 0), total // steps - 1),
                   timestep_spacing=config.get('timestep_spacing', 'leading'))
-    up = DDIMInverseScheduler.from_config(config, **shared | dict(prediction_type='epsilon'))   # it is handed noise, see below
+    # it is handed noise, see below
+    up = DDIMInverseScheduler.from_config(config, **shared | dict(prediction_type='epsilon'))
     down = DDIMScheduler.from_config(config, **shared)
     for s in (up, down): s.set_timesteps(steps)
     return up, down
@@ -37,7 +40,8 @@ def reached(
     strength: float,    # share of it, 0 to 1
 ) -> int:
     "Steps that a strength stands for. `ValueError` outside 0 to 1."
-    if not 0 <= strength <= 1: raise ValueError(f'strength={strength} must lie between 0 (leave the latent alone) and 1 (the whole chain)')
+    if not 0 <= strength <= 1:
+        raise ValueError(f'strength={strength} must lie between 0 (leave the latent alone) and 1 (the whole chain)')
     return round(steps * strength)
 
 @torch.no_grad()
@@ -77,7 +81,8 @@ def ddim_denoise(
     down, x = mirrored(schedule, steps)[1], x.float()
     for time in down.timesteps.tolist()[steps - reached(steps, strength):]:
         t = torch.full((len(x),), time, device=x.device)                       # b
-        x = down.step(guided(model, x, t, cond, guidance, ('text',)), time, x, eta=eta, generator=generator, return_dict=False)[0]
+        x = down.step(guided(model, x, t, cond, guidance, ('text',)), time, x, eta=eta, generator=generator,
+                      return_dict=False)[0]
     return x
 
 # %% ../../nbs/diffusion/02_inversion.ipynb #364ebf6a

@@ -23,7 +23,8 @@ def make_schedule(
     prediction: str = 'epsilon',    # what the model outputs: 'epsilon' (the paper), 'v' or 'sample'
     steps: int = 1000,              # length T of the training chain
 ) -> DDPMScheduler:
-    "Make the noise schedule that loss and samplers share (DDPM: betas 1e-4..0.02). Raises `ValueError` on unknown names."
+    """Make the noise schedule that loss and samplers share (DDPM: betas 1e-4..0.02). Raises `ValueError` on unknown
+    names."""
     for value, table, name in ((kind, KINDS, 'kind'), (prediction, PREDICTIONS, 'prediction')):
         if value not in table: raise ValueError(f"{name}={value!r} is not a choice: use one of {', '.join(table)}")
     return DDPMScheduler(num_train_timesteps=steps, beta_start=1e-4, beta_end=.02, beta_schedule=KINDS[kind],
@@ -87,7 +88,8 @@ def sample_times(
     "Draw b training times uniformly from 0..T-1."
     return torch.randint(schedule.config.num_train_timesteps, (b,), generator=generator)
 
-def to_device(device: torch.device, t: Tensor, noise: Tensor, drops: dict[str, Tensor] | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+def to_device(device: torch.device, t: Tensor, noise: Tensor, drops: dict[str, Tensor] | None = None) -> tuple[Tensor,
+        Tensor, dict[str, Tensor]]:
     "Move what a generator drew on the CPU to where the tokens are, so that every device gets the same numbers."
     return t.to(device), noise.to(device), {k: v.to(device) for k, v in (drops or {}).items()}
 
@@ -100,10 +102,12 @@ def diffusion_loss(
     schedule: DDPMScheduler,      # says which prediction the model makes
     drops: dict[str, Tensor] | None = None,  # drop_text, drop_lr: b bool, see `draw_drops`
 ) -> Tensor:
-    "Give the mean squared error of the model's prediction, one float32 number per picture (TokSR §5.2, L_simple); times, noise and drops follow `x0` to its device."
+    """Give the mean squared error of the model's prediction, one float32 number per picture (TokSR §5.2, L_simple);
+    times, noise and drops follow `x0` to its device."""
     t, noise, drops = to_device(x0.device, t, noise, drops)
     pred = model(schedule.add_noise(x0, noise, t), t, **cond, **drops)                     # b n d
-    if pred.shape != x0.shape: raise ValueError(f'the model answered {tuple(pred.shape)} to tokens of shape {tuple(x0.shape)}')
+    if pred.shape != x0.shape:
+        raise ValueError(f'the model answered {tuple(pred.shape)} to tokens of shape {tuple(x0.shape)}')
     return (pred.float() - target(x0, noise, t, schedule).float()).square().flatten(1).mean(1)  # b
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #67978ff5
@@ -149,11 +153,13 @@ def step_times(
     steps: int,                   # a divisor of T
     sampler: type = DDIMScheduler,
 ) -> DDIMScheduler | DDPMScheduler:
-    "Give a sampler whose `.timesteps` run from T-1 down in equal strides (trailing spacing). Raises `ValueError` unless steps divides T."
+    """Give a sampler whose `.timesteps` run from T-1 down in equal strides (trailing spacing). Raises `ValueError`
+    unless steps divides T."""
     total = schedule.config.num_train_timesteps
     if not (1 <= steps <= total and total % steps == 0):
         raise ValueError(f'steps={steps} must divide the chain of {total}: use 1, 2, 4, 5, 8, 10, 20, 25, 50, ...')
-    # from_config carries the betas and the prediction over; the three settings that matter are repeated because defaults differ between classes
+    # from_config carries the betas and the prediction over; the three settings that matter are repeated because
+    # defaults differ between classes
     extra = {'set_alpha_to_one': True} if sampler is DDIMScheduler else {}
     out = sampler.from_config(schedule.config, clip_sample=False, timestep_spacing='trailing', **extra)
     out.set_timesteps(steps)
@@ -210,4 +216,5 @@ def picture_noise(
 ) -> Tensor:
     "Give starting noise that depends on a picture's id and the seed only, never on its neighbours in the batch: b n d."
     # the multiplier keeps (seed, id) pairs apart; torch mixes the 64-bit seed before use
-    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(i))) for i in ids])
+    return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(i)))
+                        for i in ids])

@@ -34,30 +34,38 @@ class LatentConfig:
     attention: str = 'math'        # how attention is computed; no effect on the result
 
     def __post_init__(self):
-        for name, allowed in (('prediction', tuple(PREDICTIONS)), ('schedule', tuple(KINDS)), ('units', ('one', 'channel'))):
-            if getattr(self, name) not in allowed: raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
+        for name, allowed in (('prediction', tuple(PREDICTIONS)), ('schedule', tuple(KINDS)),
+                              ('units', ('one', 'channel'))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
         for name in ('text_dim', 'text_length', 'image', 'patch'):
             if getattr(self, name) < 1: raise ValueError(f'{name}: expected 1 or more, got {getattr(self, name)}')
 
     def transformer(self, n: int, d: int) -> DiTConfig:
         "Settings of the transformer for n latents of d numbers."
-        return DiTConfig.named(self.dit, n_tokens=n // self.patch**2, token_dim=d * self.patch**2, text_dim=self.text_dim, conditioning='none', gate=self.gate, tie_qk=self.tie_qk, attention=self.attention)
+        return DiTConfig.named(self.dit, n_tokens=n // self.patch**2, token_dim=d * self.patch**2,
+                               text_dim=self.text_dim, conditioning='none', gate=self.gate, tie_qk=self.tie_qk,
+                               attention=self.attention)
 
 # %% ../../nbs/dual/05_diffusion_branch.ipynb #8e7d3160
 class LatentDiffusion(nn.Module):
     """Text-to-image diffusion over the latents of a frozen autoencoder.
 
-    What a diffusion model has to offer here: `size`, `at(size)`, `latent_shape`, `schedule`, `encode`, `decode`, `blank(n)`, and being called with noisy latents, times and text."""
+    What a diffusion model has to offer here: `size`, `at(size)`, `latent_shape`, `schedule`, `encode`, `decode`,
+    `blank(n)`, and being called with noisy latents, times and text."""
     def __init__(self,
         tokenizer: nn.Module,      # frozen; encode(image) -> b n d, decode(z) -> image
         config: LatentConfig = LatentConfig(),
     ):
         super().__init__()
         c, n, d = config, tokenizer.n_tokens, tokenizer.width
-        self.config, self._tokenizer = config, [tokenizer.eval().requires_grad_(False)]   # a list: not part of the state
-        if c.patch > 1 and any(k % c.patch for k in getattr(tokenizer, 'grid', (1,))): raise ValueError(f'patch: {c.patch} does not divide the grid {getattr(tokenizer, "grid", None)} of the latents')
+        self.config, self._tokenizer = config, [tokenizer.eval().requires_grad_(False)]  # a list: not part of the state
+        if c.patch > 1 and any(k % c.patch for k in getattr(tokenizer, 'grid', (1,))):
+            raise ValueError(f'patch: {c.patch} does not divide the grid {getattr(tokenizer, "grid", None)} of '
+                             f'the latents')
         self.schedule, self.dit = make_schedule(c.schedule, c.prediction), TokenDiT(c.transformer(n, d))
-        empty = dict(empty_states=torch.zeros(1, c.text_length, c.text_dim), empty_pooled=torch.zeros(1, c.text_dim), empty_mask=torch.ones(1, c.text_length))
+        empty = dict(empty_states=torch.zeros(1, c.text_length, c.text_dim), empty_pooled=torch.zeros(1, c.text_dim),
+                     empty_mask=torch.ones(1, c.text_length))
         for name, v in (dict(shift=torch.zeros(d), unit=torch.ones(d)) | empty).items(): self.register_buffer(name, v)
 
     @property
@@ -72,12 +80,14 @@ class LatentDiffusion(nn.Module):
     def fold(self, z: Tensor) -> Tensor:
         "Make one token of each square of `patch`² latents: b n d -> b n/pp dpp."
         p = self.config.patch
-        return z if p == 1 else rearrange(z, 'b (h p w q) d -> b (h w) (p q d)', p=p, q=p, h=self.tokenizer.grid[0] // p)
+        return z if p == 1 else rearrange(z, 'b (h p w q) d -> b (h w) (p q d)', p=p, q=p,
+                                          h=self.tokenizer.grid[0] // p)
 
     def unfold(self, z: Tensor) -> Tensor:
         "Undo `fold`."
         p = self.config.patch
-        return z if p == 1 else rearrange(z, 'b (h w) (p q d) -> b (h p w q) d', p=p, q=p, h=self.tokenizer.grid[0] // p)
+        return z if p == 1 else rearrange(z, 'b (h w) (p q d) -> b (h p w q) d', p=p, q=p,
+                                          h=self.tokenizer.grid[0] // p)
 
     @torch.no_grad()
     def measure(self,
@@ -87,15 +97,20 @@ class LatentDiffusion(nn.Module):
         "Take the units of the latents, and keep the empty caption."
         flat = z.float().flatten(0, 1)                                                    # mn d
         std = flat.std(0).clamp_min(1e-6)
-        self.shift.copy_(flat.mean(0)); self.unit.copy_(std if self.config.units == 'channel' else std.square().mean().sqrt().expand_as(std))
-        if empty.states.shape != self.empty_states.shape: raise ValueError(f'empty caption: expected states {tuple(self.empty_states.shape)}, got {tuple(empty.states.shape)}')
-        self.empty_states.copy_(empty.states); self.empty_pooled.copy_(empty.pooled)
+        self.shift.copy_(flat.mean(0))
+        self.unit.copy_(std if self.config.units == 'channel' else std.square().mean().sqrt().expand_as(std))
+        if empty.states.shape != self.empty_states.shape:
+            raise ValueError(f'empty caption: expected states {tuple(self.empty_states.shape)}, got '
+                             f'{tuple(empty.states.shape)}')
+        self.empty_states.copy_(empty.states)
+        self.empty_pooled.copy_(empty.pooled)
         self.empty_mask.copy_(torch.ones_like(self.empty_mask) if empty.mask is None else empty.mask)
         return self
 
     def blank(self, n: int) -> Text:
         "The empty caption, n times."
-        return Text(self.empty_states.expand(n, -1, -1), self.empty_pooled.expand(n, -1), self.empty_mask.bool().expand(n, -1))
+        return Text(self.empty_states.expand(n, -1, -1), self.empty_pooled.expand(n, -1),
+                    self.empty_mask.bool().expand(n, -1))
 
     def scale(self, z: Tensor) -> Tensor:
         "Latents b n d in units of their deviation, as the transformer's tokens."
@@ -116,18 +131,23 @@ class LatentDiffusion(nn.Module):
         drop_text: Tensor | None = None,  # b bool, whose caption becomes the empty one
     ) -> Tensor:
         "Give the prediction, b n d."
-        if text.mask is None: text = replace(text, mask=torch.ones(text.states.shape[:2], dtype=torch.bool, device=x.device))
+        if text.mask is None:
+            text = replace(text, mask=torch.ones(text.states.shape[:2], dtype=torch.bool, device=x.device))
         return self.dit(x, t, replace(text, empty=self.blank(1)), drop_text=drop_text)
 
     def at(self, size: int) -> 'LatentDiffusion':
-        "This model for pictures of another size: autoencoder as it is, positions of the transformer interpolated. `ValueError` if the autoencoder cannot."
+        """This model for pictures of another size: autoencoder as it is, positions of the transformer interpolated.
+        `ValueError` if the autoencoder cannot."""
         if size == self.size: return self
         old = self.tokenizer
         if not hasattr(old, 'grid') or size < 1 or size % (self.config.patch * self.size // old.grid[0]):
-            raise ValueError(f'size={size}: this model offers {self.size} only' if not hasattr(old, 'grid') else f'size={size}: expected a multiple of {self.config.patch * self.size // old.grid[0]}')
-        tok = type(old)(replace(old.config, image=size)); tok.load_state_dict(old.state_dict())
+            raise ValueError(f'size={size}: this model offers {self.size} only' if not hasattr(old, 'grid')
+                             else f'size={size}: expected a multiple of {self.config.patch * self.size // old.grid[0]}')
+        tok = type(old)(replace(old.config, image=size))
+        tok.load_state_dict(old.state_dict())
         new = LatentDiffusion(tok, replace(self.config, image=size))
-        grid, side = rearrange(self.dit.pos_embed, '1 (h w) c -> 1 c h w', h=old.grid[0] // self.config.patch), [k // self.config.patch for k in tok.grid]
+        grid, side = rearrange(self.dit.pos_embed, '1 (h w) c -> 1 c h w',
+                               h=old.grid[0] // self.config.patch), [k // self.config.patch for k in tok.grid]
         table = F.interpolate(grid, size=side, mode='bicubic', align_corners=False)
         new.load_state_dict(self.state_dict() | {'dit.pos_embed': rearrange(table, '1 c h w -> 1 (h w) c')})
         return new.eval()

@@ -42,12 +42,15 @@ class LatentRecipe(Recipe):
     def config(self, image: int, text: Text) -> LatentConfig:
         "The part that decides shapes."
         own = {f.name for f in fields(LatentConfig)} & {f.name for f in fields(self)} - {'schedule'}
-        return LatentConfig(image=image, text_length=text.states.shape[1], text_dim=text.states.shape[2], schedule=self.noise, **{k: getattr(self, k) for k in own})
+        return LatentConfig(image=image, text_length=text.states.shape[1], text_dim=text.states.shape[2],
+                            schedule=self.noise, **{k: getattr(self, k) for k in own})
 
 def settings(kind: type, values: dict):
-    "Build a recipe from the variables of a notebook, leaving out the fields it fixes; `ValueError` names what is missing."
+    """Build a recipe from the variables of a notebook, leaving out the fields it fixes; `ValueError` names what is
+    missing."""
     names = [f.name for f in fields(kind) if f.init]
-    if missing := [n for n in names if n not in values]: raise ValueError(f'{kind.__name__}: the notebook gives no {missing[0]}; add it to the parameters cell')
+    if missing := [n for n in names if n not in values]:
+        raise ValueError(f'{kind.__name__}: the notebook gives no {missing[0]}; add it to the parameters cell')
     return kind(**{n: values[n] for n in names})
 
 # %% ../../nbs/dual/08_diffusion_training.ipynb #3a4b5aa7
@@ -73,19 +76,22 @@ class LatentTask(Task):
         loss = diffusion_loss(self.model.dit, x, dict(text=text), t, noise, self.model.schedule, drops).mean()
         return loss, {'latent': loss.detach()}
 
-def train_latent(recipe: LatentRecipe, split: Split, tokenizer: nn.Module, root: Path | None = None) -> tuple[LatentDiffusion, FitResult]:
+def train_latent(recipe: LatentRecipe, split: Split, tokenizer: nn.Module,
+                 root: Path | None = None) -> tuple[LatentDiffusion, FitResult]:
     "Encode a split once, measure the latents, train the transformer; averaged weights come back."
     seed_everything(recipe.seed)
     z = encode_all(tokenizer, split.images, None, 0, recipe.precision == 'bf16')    # n n_tokens d
     model = LatentDiffusion(tokenizer, recipe.config(split.images.shape[1], split.text)).measure(z, split.text.empty)
-    result = run(LatentTask(model, model.scale(z), split.text, recipe.drop), recipe, len(split), split.images, z, root=root)
+    result = run(LatentTask(model, model.scale(z), split.text, recipe.drop), recipe, len(split), split.images,
+                 z, root=root)
     model.dit.load_state_dict(result.ema_state['dit'])
     return model.eval(), result
 
 # %% ../../nbs/dual/08_diffusion_training.ipynb #23b19220
 def save_latent(path: str | Path, model: LatentDiffusion, tokenizer_file: str | Path, **more) -> Path:
     "Write a latent diffusion model in float16, with the hash of its autoencoder's file."
-    meta = {'kind': 'latent_diffusion', 'config': asdict(model.config), 'tokenizer': Path(tokenizer_file).name, 'tokenizer_sha256': sha256_file(tokenizer_file)}
+    meta = {'kind': 'latent_diffusion', 'config': asdict(model.config), 'tokenizer': Path(tokenizer_file).name,
+            'tokenizer_sha256': sha256_file(tokenizer_file)}
     return save_weights(path, model, meta | more, torch.float16)
 
 def load_latent(
@@ -93,9 +99,13 @@ def load_latent(
     tokenizer_file: str | Path,    # the autoencoder's file
     tokenizer: nn.Module,          # the autoencoder, loaded from it
 ) -> LatentDiffusion:
-    "Rebuild a latent diffusion model. `WeightsError` for a file of another kind, or if it was trained on another autoencoder."
+    """Rebuild a latent diffusion model. `WeightsError` for a file of another kind, or if it was trained on another
+    autoencoder."""
     state, meta = load_weights(path)
-    if meta.get('kind') != 'latent_diffusion': raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a latent_diffusion')
+    if meta.get('kind') != 'latent_diffusion':
+        raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a latent_diffusion')
     if meta['tokenizer_sha256'] != sha256_file(tokenizer_file):
-        raise WeightsError(f'{path}: was trained on another autoencoder than {tokenizer_file}; train it again (dvc repro train_latent_diffusion) or fetch both files of one revision (git checkout -- models)')
+        raise WeightsError(f'{path}: was trained on another autoencoder than {tokenizer_file}; train it again (dvc '
+                           f'repro train_latent_diffusion) or fetch both files of one revision (git checkout '
+                           f'-- models)')
     return load_into(LatentDiffusion(tokenizer, LatentConfig(**meta['config'])), state, path).eval()

@@ -26,21 +26,24 @@ class Codes(NamedTuple):
 
     def only(self, stream: str) -> 'Codes':
         "The codes of one stream: 'semantic' or 'guide'; 'both' is as it was. `ValueError` for another name."
-        if stream not in ('semantic', 'guide', 'both'): raise ValueError(f'stream={stream!r} is not a choice: use semantic, guide or both')
+        if stream not in ('semantic', 'guide', 'both'):
+            raise ValueError(f'stream={stream!r} is not a choice: use semantic, guide or both')
         return self if stream == 'both' else Codes(**{stream: getattr(self, stream)})
 
 # %% ../../nbs/dual/06_dual_tokenizer.ipynb #4a9cf2eb
 class DualTokenizer:
     """Encode pictures to semantic and guide codes; decode them by diffusion (D §3).
 
-    semantic: encode(image) -> b m, embeddings(indices) -> Text, n_tokens, bits. guide: indices(image) -> b n, decode_codes(indices) -> b 3 g g, n_tokens, bits.
+    semantic: encode(image) -> b m, embeddings(indices) -> Text, n_tokens, bits. guide: indices(image) -> b n,
+    decode_codes(indices) -> b 3 g g, n_tokens, bits.
     diffusion: a `LatentDiffusion`, or `toksr.hub.stable_diffusion.StableDiffusion`."""
     def __init__(self,
         diffusion: Any,            # makes the picture
         semantic: Any = None,      # None: a tokenizer of guides only
         guide: Any = None,         # None: a tokenizer of meanings only (SEED)
     ):
-        if semantic is None and guide is None: raise ValueError('DualTokenizer: expected a semantic branch, a guide branch, or both; got neither')
+        if semantic is None and guide is None:
+            raise ValueError('DualTokenizer: expected a semantic branch, a guide branch, or both; got neither')
         self.diffusion, self.semantic, self.guide = diffusion, semantic, guide
 
     @property
@@ -52,7 +55,8 @@ class DualTokenizer:
     @torch.no_grad()
     def encode(self, image: Tensor) -> Codes: # image b 3 s s in [0,1]
         "Discrete codes of pictures."
-        return Codes(None if self.semantic is None else self.semantic.encode(image), None if self.guide is None else self.guide.indices(image))
+        return Codes(None if self.semantic is None else self.semantic.encode(image),
+                     None if self.guide is None else self.guide.indices(image))
 
     def text(self, codes: Codes, n: int) -> Text:
         "What the diffusion model reads: the embeddings of the semantic codes, or the empty caption n times."
@@ -72,7 +76,8 @@ class DualTokenizer:
         noise: Tensor | None = None,
         size: int | None = None,
     ) -> Tensor:
-        "Where denoising starts, b *latent; settings as in `decode`. It depends on the guide only, so several texts may start from one inversion."
+        """Where denoising starts, b *latent; settings as in `decode`. It depends on the guide only, so several
+        texts may start from one inversion."""
         model = self.diffusion if size is None else self.diffusion.at(size)
         return begin(model, model.encode(self.guide_picture(codes, model.size)), steps, strength, start, noise)
 
@@ -83,26 +88,30 @@ class DualTokenizer:
         steps: int = 50,                   # of the whole chain; a divisor of 1000
         guidance: float = 7.5,             # 1: the plain model
         size: int | None = None,           # of the picture; None: the diffusion model's own
-        start: str = 'inversion',          # 'inversion' (the paper) or 'noise': the guide's latent under random noise of the same level
+        # 'inversion' (the paper) or 'noise': the guide's latent under random noise of the same level
+        start: str = 'inversion',
         noise: Tensor | None = None,       # b *latent_shape, for pictures without a guide and start='noise'
         eta: float = 0.,                   # 0: eq. (10) without its residual noise
         generator: torch.Generator | None = None,   # draws the noise of eta > 0
         text: Text | None = None,          # to be read instead of what the semantic codes stand for
         begun: Tensor | None = None,       # b *latent, what `begin` gives with the same settings
     ) -> Tensor: # b 3 size size in [0,1]
-        "Make the pictures: guide -> enlarged -> latent -> inversion under the empty caption -> denoising under the semantic embeddings."
+        """Make the pictures: guide -> enlarged -> latent -> inversion under the empty caption -> denoising under
+        the semantic embeddings."""
         n = check_codes(self, codes)
         model = self.diffusion if size is None else self.diffusion.at(size)
         if codes.guide is None: x, strength = needed(noise, n, model, 'codes without a guide'), 1.
         else:
             x = self.begin(codes, steps, strength, start, noise, size) if begun is None else begun
-        x = ddim_denoise(model, x, dict(text=self.text(codes, n) if text is None else text), model.schedule, steps, strength, guidance, eta, generator)
+        x = ddim_denoise(model, x, dict(text=self.text(codes, n) if text is None else text), model.schedule, steps,
+                         strength, guidance, eta, generator)
         return model.decode(x).float().clamp(0, 1)
 
 # %% ../../nbs/dual/06_dual_tokenizer.ipynb #ef5f5f5d
 def enlarged(picture: Tensor, size: int) -> Tensor:
     "Bicubic interpolation of b 3 g g to b 3 size size, clamped to [0,1]."
-    return F.interpolate(picture.float().clamp(0, 1), size=(size, size), mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+    return F.interpolate(picture.float().clamp(0, 1), size=(size, size), mode='bicubic', antialias=True,
+                         align_corners=False).clamp(0, 1)
 
 def check_codes(dual: DualTokenizer, codes: Codes) -> int:
     "Number of pictures. `ValueError` if codes are missing, belong to a branch that is not there, or differ in number."
@@ -110,13 +119,17 @@ def check_codes(dual: DualTokenizer, codes: Codes) -> int:
     if not found: raise ValueError('codes: expected semantic or guide indices, got neither')
     for k in found:
         if getattr(dual, k) is None: raise ValueError(f'codes.{k}: this tokenizer has no {k} branch')
-    if len(set(found.values())) > 1: raise ValueError(f'codes: {found["semantic"]} pictures in semantic, {found["guide"]} in guide; they have to be the same pictures')
+    if len(set(found.values())) > 1:
+        raise ValueError(f'codes: {found["semantic"]} pictures in semantic, {found["guide"]} in guide; they have to '
+                         f'be the same pictures')
     return next(iter(found.values()))
 
 def needed(noise: Tensor | None, n: int, model: Any, why: str) -> Tensor:
     "The noise, if it is there and fits; `ValueError` otherwise."
     shape = (n, *model.latent_shape)
-    if noise is None or tuple(noise.shape) != shape: raise ValueError(f'noise: {why} need standard normal noise of shape {shape}, got {None if noise is None else tuple(noise.shape)}')
+    if noise is None or tuple(noise.shape) != shape:
+        raise ValueError(f'noise: {why} need standard normal noise of shape {shape}, got '
+                         f'{None if noise is None else tuple(noise.shape)}')
     return noise.float()
 
 def begin(
@@ -128,11 +141,13 @@ def begin(
     noise: Tensor | None,    # for 'noise'
 ) -> Tensor:
     "Noisy latents that carry the guide: by DDIM inversion under the empty caption (D §3.3), or by adding noise."
-    if start == 'inversion': return ddim_invert(model, z, dict(text=model.blank(len(z))), model.schedule, steps, strength)
+    if start == 'inversion':
+        return ddim_invert(model, z, dict(text=model.blank(len(z))), model.schedule, steps, strength)
     if start != 'noise': raise ValueError(f'start={start!r} is not a choice: use inversion or noise')
     times = mirrored(model.schedule, steps)[0].timesteps[:reached(steps, strength)]
     if not len(times): return z
-    return model.schedule.add_noise(z, needed(noise, len(z), model, "start='noise'"), times[-1].to(z.device).expand(len(z)))
+    return model.schedule.add_noise(z, needed(noise, len(z), model, "start='noise'"),
+                                    times[-1].to(z.device).expand(len(z)))
 
 # %% ../../nbs/dual/06_dual_tokenizer.ipynb #d9527b85
 def take_codes(codes: Codes, s: slice) -> Codes:
@@ -174,4 +189,5 @@ def decode_codes(
     "Pictures n 3 h w of all codes."
     n = len(codes.guide if codes.semantic is None else codes.semantic)
     noise = picture_noise(range(n), dual.diffusion.latent_shape, seed)
-    return torch.cat([dual.decode(take_codes(codes, s), noise=noise[s], text=None if text is None else text.index(s), begun=None if begun is None else begun[s], **sampling) for s in batches(n, size)])
+    return torch.cat([dual.decode(take_codes(codes, s), noise=noise[s], text=None if text is None else text.index(s),
+                                  begun=None if begun is None else begun[s], **sampling) for s in batches(n, size)])

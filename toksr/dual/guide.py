@@ -39,7 +39,8 @@ class GuideConfig(CodeConfig):
     def __post_init__(self):
         super().__post_init__()
         if self.reads not in READS: raise ValueError(f'reads: expected one of {READS}, got {self.reads!r}')
-        if self.factor % self.up or self.up > self.factor: raise ValueError(f'up: the decoder enlarges {self.up} times, which must divide the factor {self.factor}')
+        if self.factor % self.up or self.up > self.factor:
+            raise ValueError(f'up: the decoder enlarges {self.up} times, which must divide the factor {self.factor}')
 
     @property
     def guide_px(self) -> int:
@@ -48,7 +49,8 @@ class GuideConfig(CodeConfig):
 
 # %% ../../nbs/dual/01_guide.ipynb #119ede41
 class GuideTokenizer(MoVQ):
-    "Images b 3 s s in [0,1] to few codes, and codes to guides b 3 g g (D §3.1). Protocol of `toksr.tokenizers.grid.GridTokenizer`, but `decode` gives the guide."
+    """Images b 3 s s in [0,1] to few codes, and codes to guides b 3 g g (D §3.1). Protocol of
+    `toksr.tokenizers.grid.GridTokenizer`, but `decode` gives the guide."""
     kind, Config = 'guide', GuideConfig
 
     def __init__(self, config: GuideConfig):
@@ -62,12 +64,15 @@ class GuideTokenizer(MoVQ):
         return shrink(image, self.guide_px)
 
     def analyse(self, x: Tensor) -> Tensor:
-        return super().analyse(x if self.config.reads == 'picture' else shrink(x, self.guide_px, self.low, self.high))     # b d h w
+        # b d h w
+        return super().analyse(x if self.config.reads == 'picture' else shrink(x, self.guide_px, self.low, self.high))
 
     def decode_codes(self, index: Tensor) -> Tensor:
         "Paint the guide of codes: b n int64 -> b 3 g g in [0,1]. `ValueError` for codes that do not exist."
-        if index.ndim != 2 or index.shape[1] != self.n_tokens: raise ValueError(f'index: expected shape (b, {self.n_tokens}), got {tuple(index.shape)}')
-        if index.min() < 0 or index.max() >= self.n_codes: raise ValueError(f'index: expected codes from 0 to {self.n_codes - 1}, got {index.min()} to {index.max()}')
+        if index.ndim != 2 or index.shape[1] != self.n_tokens:
+            raise ValueError(f'index: expected shape (b, {self.n_tokens}), got {tuple(index.shape)}')
+        if index.min() < 0 or index.max() >= self.n_codes:
+            raise ValueError(f'index: expected codes from 0 to {self.n_codes - 1}, got {index.min()} to {index.max()}')
         return self.decode(self.lookup(index)).clamp(0, 1)
 
 def shrink(
@@ -87,7 +92,8 @@ def codebook_use(
     images: Tensor, # n 3 s s in [0,1]
     batch: int = 100, # images at a time
 ) -> dict[str, float]: # share of codes in use, perplexity, tokens counted
-    "Measure the use of the codebook on pictures. With fewer tokens than codes, `used` cannot reach 1: compare it with `tokens`."
+    """Measure the use of the codebook on pictures. With fewer tokens than codes, `used` cannot reach 1: compare it
+    with `tokens`."""
     index = torch.cat([tokenizer.indices(images[i:i + batch]).flatten() for i in range(0, len(images), batch)])
     return usage(index.bincount(minlength=tokenizer.n_codes)) | {'tokens': index.numel()}
 
@@ -107,11 +113,13 @@ def inject(
     if not 0 <= k <= n: raise ValueError(f'k: expected 0 to {n} tokens, got {k}')
     if k == 0: return out
     if generator is None: raise ValueError('generator: expected one, it chooses the tokens')
-    if mode == 'swapped' and k < 2: raise ValueError(f'k: one token cannot change places with itself; expected 0 or at least 2, got {k}')
+    if mode == 'swapped' and k < 2:
+        raise ValueError(f'k: one token cannot change places with itself; expected 0 or at least 2, got {k}')
     if mode == 'wrong' and codes < 2: raise ValueError(f'codes: expected at least 2, got {codes}')
     at = torch.rand(b, n, generator=generator).argsort(1)[:, :k]                          # b k, different places
-    if mode == 'swapped': return out.scatter(1, at, indices.gather(1, at.roll(1, 1)))     # a ring: each gets its neighbour's
-    other = torch.randint(1, codes, (b, k), generator=generator)                          # 1 to codes - 1: never the same code
+    # a ring: each gets its neighbour's
+    if mode == 'swapped': return out.scatter(1, at, indices.gather(1, at.roll(1, 1)))
+    other = torch.randint(1, codes, (b, k), generator=generator)  # 1 to codes - 1: never the same code
     return out.scatter(1, at, (indices.gather(1, at) + other) % codes)
 
 # %% ../../nbs/dual/01_guide.ipynb #d1bebb4b

@@ -25,7 +25,8 @@ from ..tokenizers.towers import size
 # %% ../../nbs/dual/04_lavit.ipynb #ffb9db5e
 @dataclass(frozen=True)
 class LavitConfig:
-    "Shape of a `LavitTokenizer`; the defaults are LaVIT's, except that its merger is as wide as the image encoder and its text comes from a diffusion decoder."
+    """Shape of a `LavitTokenizer`; the defaults are LaVIT's, except that its merger is as wide as the image encoder
+    and its text comes from a diffusion decoder."""
     vision: str = 'blip2' # frozen image encoder: blip2, or lite0 (departure)
     vision_px: int = 224 # side it sees
     vision_width: int = 1408 # channels of its tokens
@@ -54,7 +55,9 @@ class LavitConfig:
 
     def semantic(self) -> SemanticConfig:
         "The same as settings of the semantic branch, for the parts that are shared."
-        same = {k: getattr(self, k) for k in ('size', 'mlp_ratio', 'codes', 'code_width', 'reverse_layers', 'reverse_tokens', 'text_width', 'pooled_width', 'has_mask', 'unit_pooled')}
+        same = {k: getattr(self, k)
+                for k in ('size', 'mlp_ratio', 'codes', 'code_width', 'reverse_layers', 'reverse_tokens', 'text_width',
+                          'pooled_width', 'has_mask', 'unit_pooled')}
         return SemanticConfig(queries=self.patches, dropout=0., image_layers=0, **same)
 
 # %% ../../nbs/dual/04_lavit.ipynb #487d7a1a
@@ -71,7 +74,8 @@ class PolicyAttention(nn.Module):
         policy: Tensor | None = None, # b m or b n m, 1 where a key may be seen
     ) -> Tensor: # b n d
         "Mix the values of those keys that the policy shows."
-        q, k, v = (rearrange(f(t), 'b l (h e) -> b h l e', h=self.heads) for f, t in ((self.query, x), (self.key, y), (self.value, y)))
+        q, k, v = (rearrange(f(t), 'b l (h e) -> b h l e', h=self.heads)
+                   for f, t in ((self.query, x), (self.key, y), (self.value, y)))
         scores = (q * q.shape[-1]**-.5) @ k.transpose(-2, -1)                           # b h n m
         if policy is None: w = scores.softmax(-1)
         else:
@@ -85,7 +89,8 @@ class PolicyBlock(nn.Module):
     def __init__(self, width: int, heads: int, mlp_ratio: int):
         super().__init__()
         self.norm0, self.norm1, self.norm2, self.norm_keys = (nn.LayerNorm(width) for _ in range(4))
-        self.inner, self.outer, self.mlp = PolicyAttention(width, heads), PolicyAttention(width, heads), MLP(width, mlp_ratio * width)
+        self.inner, self.outer, self.mlp = PolicyAttention(width, heads), PolicyAttention(width, heads), MLP(width,
+                mlp_ratio * width)
 
     def forward(self, x: Tensor, inner: Tensor | None, y: Tensor, outer: Tensor | None) -> Tensor:
         h = self.norm0(x)
@@ -99,12 +104,14 @@ class Selector(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.into = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.GELU())
-        self.out = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU(), nn.Linear(width // 4, 2))
-        self.register_buffer('cut', torch.zeros((), dtype=torch.float64))               # double: weights in float16 keep it exact
+        self.out = nn.Sequential(nn.Linear(width, width // 2), nn.GELU(), nn.Linear(width // 2, width // 4), nn.GELU(),
+                                 nn.Linear(width // 4, 2))
+        self.register_buffer('cut', torch.zeros((), dtype=torch.float64))  # double: weights in float16 keep it exact
 
     def odds(self, x: Tensor) -> Tensor:
         "Log-probabilities of keeping and of dropping: b m 2."
-        h = self.into(x); half = h.shape[-1] // 2                                       # b m d
+        h = self.into(x)
+        half = h.shape[-1] // 2                                       # b m d
         h = torch.cat([h[..., :half], h[..., half:].mean(1, keepdim=True).expand(-1, h.shape[1], -1)], -1)
         return self.out(h).float().log_softmax(-1)
 
@@ -113,7 +120,8 @@ class Selector(nn.Module):
         odds = self.odds(x)                                                             # b m 2
         drawn = odds
         if generator is not None:
-            u = torch.rand(odds.shape, generator=generator, device=generator.device).to(odds.device).clamp(1e-6, 1 - 1e-6)
+            u = torch.rand(odds.shape, generator=generator,
+                           device=generator.device).to(odds.device).clamp(1e-6, 1 - 1e-6)
             drawn = odds - (-u.log()).log()
         soft = drawn.softmax(-1)[..., 0]                                                # b m
         margin = drawn[..., 0] - drawn[..., 1] - (self.cut.float() if generator is None else 0.)
@@ -141,7 +149,8 @@ class CosineVQ(VQ):
         flat = rearrange(F.normalize(tokens.float(), dim=1), 'b d 1 n -> (b n) d')
         return rearrange(nearest(flat, F.normalize(self.embedding.weight, dim=-1)), '(b n) -> b n', b=len(tokens))
 
-    def forward(self, tokens: Tensor, generator: torch.Generator | None = None, keep: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, tokens: Tensor, generator: torch.Generator | None = None,
+                keep: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
         "As `VQ`; losses, use and revival look only at the tokens that are kept (b n bool)."
         with torch.autocast(tokens.device.type, enabled=False):
             x = F.normalize(rearrange(tokens.float(), 'b d 1 n -> b n d'), dim=-1)
@@ -168,14 +177,18 @@ class LavitTokenizer(nn.Module):
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.into, self.patch_embed = nn.Linear(c.vision_width, d), nn.Parameter(.02 * torch.randn(1, c.patches, d))
-            self.selector, self.merger, self.norm = Selector(d), nn.ModuleList(block() for _ in range(s.layers)), nn.LayerNorm(d)
+            self.selector, self.merger, self.norm = Selector(d), nn.ModuleList(block()
+                    for _ in range(s.layers)), nn.LayerNorm(d)
             self.encode_task_layer = nn.Sequential(nn.Linear(d, d), nn.Tanh(), nn.Linear(d, w))
             self.quantize = CosineVQ(c.codes, w, c.revive)
             self.decode_task_layer = nn.Sequential(nn.Linear(w, d), nn.Tanh(), nn.Linear(d, d))
             self.rank_embed, self.mask_embed = (nn.Parameter(.02 * torch.randn(1, c.patches, d)) for _ in range(2))
-            self.decoder, self.norm_out, self.out = nn.ModuleList(block() for _ in range(c.decoder_layers)), nn.LayerNorm(d), nn.Linear(d, c.vision_width)
+            self.decoder, self.norm_out, self.out = nn.ModuleList(block()
+                    for _ in range(c.decoder_layers)), nn.LayerNorm(d), nn.Linear(d, c.vision_width)
             self.reverse = Reverse(c.semantic(), seed + 1)
-        for name, v in dict(empty_states=torch.zeros(1, c.reverse_tokens, c.text_width), empty_pooled=torch.zeros(1, c.pooled_width), empty_mask=torch.zeros(1, c.reverse_tokens)).items():
+        for name, v in dict(empty_states=torch.zeros(1, c.reverse_tokens, c.text_width),
+                            empty_pooled=torch.zeros(1, c.pooled_width),
+                            empty_mask=torch.zeros(1, c.reverse_tokens)).items():
             self.register_buffer(name, v)
         self.register_buffer('before', torch.ones(c.patches, c.patches).tril(), persistent=False)
 
@@ -183,7 +196,8 @@ class LavitTokenizer(nn.Module):
     def n_tokens(self) -> int: return self.config.patches   # at most; see `count`
 
     @property
-    def bits(self) -> float: return self.quantize.bits(self.n_tokens, 0) + math.log2(self.n_tokens)   # at most; see `bits_of`
+    # at most; see `bits_of`
+    def bits(self) -> float: return self.quantize.bits(self.n_tokens, 0) + math.log2(self.n_tokens)
 
     def count(self, indices: Tensor) -> Tensor:
         "Tokens of each image: b."
@@ -201,11 +215,13 @@ class LavitTokenizer(nn.Module):
 
     def features(self, image: Tensor) -> Tensor:
         "What the frozen encoder sees, without a class token: b 3 h w -> b m c."
-        if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f'image: expected shape (b, 3, h, w), got {tuple(image.shape)}')
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f'image: expected shape (b, 3, h, w), got {tuple(image.shape)}')
         return self.vision(image.float())[:, -self.config.patches:]
 
     def merge(self, features: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        "Choose and merge: b m c -> b m w 1-layout to be rounded (only kept rows mean something), policy b m, probability of keeping b m."
+        """Choose and merge: b m c -> b m w 1-layout to be rounded (only kept rows mean something), policy b m,
+        probability of keeping b m."""
         y = self.into(features) + self.patch_embed                                      # b m d
         policy, keep = self.selector(y, generator)
         x, inner = y, policy[:, None] * self.before                                     # b m m
@@ -219,7 +235,7 @@ class LavitTokenizer(nn.Module):
 
     def up(self, z: Tensor, policy: Tensor) -> Tensor:
         "Codes with their place in the row added: b n w -> b n d."
-        rank = ((policy > .5).cumsum(1) - 1).clamp(min=0)                               # b n; a sum of floats may fall short of a whole number
+        rank = ((policy > .5).cumsum(1) - 1).clamp(min=0)  # b n; a sum of floats may fall short of a whole number
         return self.decode_task_layer(z) + self.rank_embed[0][rank]
 
     def paint(self, up: Tensor, policy: Tensor) -> Tensor:
@@ -234,7 +250,8 @@ class LavitTokenizer(nn.Module):
         z, losses = self.quantize(moments, generator, policy.detach() > .5)             # b m w
         painted = self.paint(self.up(z, policy), policy)
         share = policy.mean(1)                                                          # b
-        return painted, losses | {'cosine': cosine_loss(painted, features), 'rate': (share.mean() - self.config.rate).square(), 'kept': share.mean().detach()}
+        return painted, losses | {'cosine': cosine_loss(painted, features),
+                                  'rate': (share.mean() - self.config.rate).square(), 'kept': share.mean().detach()}
 
     @torch.no_grad()
     def encode_features(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -245,14 +262,17 @@ class LavitTokenizer(nn.Module):
         return index.masked_fill(~keep, -1).gather(1, order)[:, :int(keep.sum(1).max())]
 
     def encode(self, image: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        "Codes of images in [0,1]: b 3 h w -> b n int64. A generator draws which patches are kept, as LaVIT does; without one the threshold decides."
+        """Codes of images in [0,1]: b 3 h w -> b n int64. A generator draws which patches are kept, as LaVIT does;
+        without one the threshold decides."""
         return self.encode_features(self.features(image), generator)
 
     def row(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         "Codes as vectors b n d, and which of them are there b n. `ValueError` for wrong codes."
         c = self.config
-        if indices.ndim != 2 or not 1 <= indices.shape[1] <= c.patches: raise ValueError(f'indices: expected shape (b, n) with n from 1 to {c.patches}, got {tuple(indices.shape)}')
-        if indices.is_floating_point() or indices.min() < -1 or indices.max() >= c.codes: raise ValueError(f'indices: expected whole numbers from -1 to {c.codes - 1}')
+        if indices.ndim != 2 or not 1 <= indices.shape[1] <= c.patches:
+            raise ValueError(f'indices: expected shape (b, n) with n from 1 to {c.patches}, got {tuple(indices.shape)}')
+        if indices.is_floating_point() or indices.min() < -1 or indices.max() >= c.codes:
+            raise ValueError(f'indices: expected whole numbers from -1 to {c.codes - 1}')
         there = indices >= 0
         return self.up(self.quantize.lookup(indices.clamp(min=0)), there.float()), there
 
@@ -265,7 +285,8 @@ class LavitTokenizer(nn.Module):
     def set_empty(self, text: Text) -> 'LavitTokenizer':
         "Keep the caption encoder's empty caption, which guidance needs."
         if text.empty is None: return self
-        self.empty_states.copy_(text.empty.states); self.empty_pooled.copy_(text.empty.pooled)
+        self.empty_states.copy_(text.empty.states)
+        self.empty_pooled.copy_(text.empty.pooled)
         if text.empty.mask is not None: self.empty_mask.copy_(text.empty.mask)
         return self
 

@@ -27,7 +27,8 @@ def padding_bias(
     mask: Tensor, # b m bool, True at keys that may be seen
     n: int, # queries
 ) -> Tensor: # b 1 n m float32
-    "What to add to cross-attention scores to hide keys; the lowest number and not -inf, so that a row without keys is no error."
+    """What to add to cross-attention scores to hide keys; the lowest number and not -inf, so that a row without
+    keys is no error."""
     hidden = torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
     return hidden[:, None, None].expand(-1, 1, n, -1)
 
@@ -44,7 +45,8 @@ class QFormerConfig:
     dropout: float = 0. # BERT's is .1
 
     def __post_init__(self):
-        if min(self.queries, self.key_width, self.cross_every, self.mlp_ratio) < 1: raise ValueError('QFormerConfig: queries, key_width, cross_every and mlp_ratio must be at least 1')
+        if min(self.queries, self.key_width, self.cross_every, self.mlp_ratio) < 1:
+            raise ValueError('QFormerConfig: queries, key_width, cross_every and mlp_ratio must be at least 1')
         s = size(self.size)
         if s.width % s.heads: raise ValueError(f'size: {s.heads} heads do not divide the width {s.width}')
 
@@ -57,14 +59,17 @@ class QFormer(nn.Module):
         super().__init__()
         c, s = config, size(config.size)
         self.config, self.width = c, s.width
-        bert = Blip2QFormerConfig(hidden_size=s.width, num_hidden_layers=s.layers, num_attention_heads=s.heads, intermediate_size=c.mlp_ratio * s.width,
-                                  encoder_hidden_size=c.key_width, cross_attention_frequency=c.cross_every, hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout)
+        bert = Blip2QFormerConfig(hidden_size=s.width, num_hidden_layers=s.layers, num_attention_heads=s.heads,
+                                  intermediate_size=c.mlp_ratio * s.width,
+                                  encoder_hidden_size=c.key_width, cross_attention_frequency=c.cross_every,
+                                  hidden_dropout_prob=c.dropout, attention_probs_dropout_prob=c.dropout)
         bert._attn_implementation = 'eager'
         with torch.random.fork_rng([]):
             torch.manual_seed(seed)
             self.bert = Blip2QFormerModel(bert)
             self.query_tokens = nn.Parameter(.02 * torch.randn(1, c.queries, s.width))
-        self.register_buffer('bias', causal_bias(c.queries) if c.is_causal else torch.zeros(1, 1, c.queries, c.queries), persistent=False)
+        self.register_buffer('bias', causal_bias(c.queries) if c.is_causal else torch.zeros(1, 1, c.queries, c.queries),
+                             persistent=False)
 
     def forward(self,
         keys: Tensor, # b m key_width
@@ -72,8 +77,10 @@ class QFormer(nn.Module):
         queries: Tensor | None = None, # 1 n d instead of the learned ones (for tests)
     ) -> Tensor: # b n d
         "Answer the queries."
-        if keys.ndim != 3 or keys.shape[-1] != self.config.key_width: raise ValueError(f'keys: expected shape (b, m, {self.config.key_width}), got {tuple(keys.shape)}')
+        if keys.ndim != 3 or keys.shape[-1] != self.config.key_width:
+            raise ValueError(f'keys: expected shape (b, m, {self.config.key_width}), got {tuple(keys.shape)}')
         q = (self.query_tokens if queries is None else queries).expand(len(keys), -1, -1)                    # b n d
         hidden = None if mask is None else padding_bias(mask, q.shape[1])
-        return self.bert(query_embeds=q, attention_mask=self.bias.expand(len(keys), -1, -1, -1), encoder_hidden_states=keys,
+        return self.bert(query_embeds=q, attention_mask=self.bias.expand(len(keys), -1, -1, -1),
+                         encoder_hidden_states=keys,
                          encoder_attention_mask=hidden).last_hidden_state                                    # b n d

@@ -61,7 +61,8 @@ class SemanticConfig:
     def reverse(self) -> QFormerConfig:
         "The reverse Q-Former: not causal, reads the answers."
         s = size(self.size)
-        return QFormerConfig(self.reverse_tokens, f'd{s.width}x{self.reverse_layers}h{s.heads}', s.width, mlp_ratio=self.mlp_ratio, is_causal=False, dropout=self.dropout)
+        return QFormerConfig(self.reverse_tokens, f'd{s.width}x{self.reverse_layers}h{s.heads}', s.width,
+                             mlp_ratio=self.mlp_ratio, is_causal=False, dropout=self.dropout)
 
 # %% ../../nbs/dual/03_semantic.ipynb #badc7701
 class Match(nn.Module):
@@ -142,9 +143,11 @@ class Reverse(nn.Module):
         self.length = nn.Linear(d, 1) if c.has_mask else None
 
     def forward(self, up: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-        "States b l c, pooled b c, and (with a mask) the log-odds b l that a position holds a word; `mask` b n hides codes that are not there."
+        """States b l c, pooled b c, and (with a mask) the log-odds b l that a position holds a word; `mask` b n
+        hides codes that are not there."""
         x = up + self.pos_embed_image[:, :up.shape[1]]                                  # b n d
-        bias = None if mask is None else torch.zeros(mask.shape, device=x.device).masked_fill_(~mask, float('-inf'))[:, None, None]
+        bias = None if mask is None else torch.zeros(mask.shape, device=x.device).masked_fill_(~mask,
+                float('-inf'))[:, None, None]
         for block in self.blocks_image: x = block(x, bias)
         h = self.qformer(x, mask)                                                       # b l d
         pooled = self.pooled(h.mean(1)).float()                                         # b c
@@ -156,11 +159,13 @@ class Reverse(nn.Module):
         states, pooled, odds = self(up, mask)
         if self.c.reverse_tokens == 1: return Text(states, pooled)
         if odds is None: return Text(states, pooled)
-        words = odds > 0; words[:, 0] = True                                            # b l
+        words = odds > 0
+        words[:, 0] = True                                            # b l
         return Text(states * words[..., None], pooled, words)
 
     def loss(self, up: Tensor, text: Text, mask: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        "Squared error to the states of captions (eq. 8), relative to theirs; of the pooled caption; and the mask's cross-entropy."
+        """Squared error to the states of captions (eq. 8), relative to theirs; of the pooled caption; and the
+        mask's cross-entropy."""
         states, pooled, odds = self(up, mask)
         want = text.pooled[:, None] if self.c.reverse_tokens == 1 else text.states.float()            # b l c
         word = torch.ones(want.shape[:2]) if text.mask is None or self.c.reverse_tokens == 1 else text.mask.float()
@@ -186,7 +191,8 @@ class SemanticTokenizer(nn.Module):
             torch.manual_seed(seed + 1)
             self.match, self.codes, self.reverse = Match(c), Codes(c), Reverse(c, seed + 2)
         empty = (c.reverse_tokens, c.text_width)
-        for name, v in dict(empty_states=torch.zeros(1, *empty), empty_pooled=torch.zeros(1, c.pooled_width), empty_mask=torch.zeros(1, c.reverse_tokens)).items():
+        for name, v in dict(empty_states=torch.zeros(1, *empty), empty_pooled=torch.zeros(1, c.pooled_width),
+                            empty_mask=torch.zeros(1, c.reverse_tokens)).items():
             self.register_buffer(name, v)
 
     @property
@@ -204,17 +210,20 @@ class SemanticTokenizer(nn.Module):
     def set_empty(self, text: Text) -> 'SemanticTokenizer':
         "Keep the caption encoder's empty caption, which guidance needs."
         if text.empty is None or self.config.reverse_tokens == 1: return self
-        self.empty_states.copy_(text.empty.states); self.empty_pooled.copy_(text.empty.pooled)
+        self.empty_states.copy_(text.empty.states)
+        self.empty_pooled.copy_(text.empty.pooled)
         if text.empty.mask is not None: self.empty_mask.copy_(text.empty.mask)
         return self
 
     def empty(self) -> Text:
         "The empty caption."
-        return Text(self.empty_states, self.empty_pooled, self.empty_mask > 0 if self.config.has_mask and self.config.reverse_tokens > 1 else None)
+        return Text(self.empty_states, self.empty_pooled,
+                    self.empty_mask > 0 if self.config.has_mask and self.config.reverse_tokens > 1 else None)
 
     def features(self, image: Tensor) -> Tensor:
         "What the frozen encoder sees: b 3 h w -> b m c."
-        if image.ndim != 4 or image.shape[1] != 3: raise ValueError(f'image: expected shape (b, 3, h, w), got {tuple(image.shape)}')
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f'image: expected shape (b, 3, h, w), got {tuple(image.shape)}')
         return self.vision(image.float())
 
     def answers(self, indices: Tensor) -> Tensor:
@@ -223,8 +232,10 @@ class SemanticTokenizer(nn.Module):
 
     def _checked(self, indices: Tensor) -> Tensor:
         c = self.config
-        if indices.ndim != 2 or indices.shape[1] != c.queries: raise ValueError(f'indices: expected shape (b, {c.queries}), got {tuple(indices.shape)}')
-        if indices.is_floating_point() or indices.min() < 0 or indices.max() >= c.codes: raise ValueError(f'indices: expected whole numbers from 0 to {c.codes - 1}')
+        if indices.ndim != 2 or indices.shape[1] != c.queries:
+            raise ValueError(f'indices: expected shape (b, {c.queries}), got {tuple(indices.shape)}')
+        if indices.is_floating_point() or indices.min() < 0 or indices.max() >= c.codes:
+            raise ValueError(f'indices: expected whole numbers from 0 to {c.codes - 1}')
         return indices.long()
 
     @torch.no_grad()

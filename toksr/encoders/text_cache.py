@@ -35,12 +35,14 @@ def cache_key(encoder: Encoder, captions: list[str]) -> str:
 def _pack(t: Text) -> np.ndarray:
     "One row per caption, the empty one last: states | pooled | mask."
     both = [Text(t.states, t.pooled, t.mask), t.empty]
-    rows = [torch.cat([x.states.flatten(1), x.pooled, *([] if x.mask is None else [x.mask.to(x.states.dtype)])], 1) for x in both]
+    rows = [torch.cat([x.states.flatten(1), x.pooled, *([] if x.mask is None else [x.mask.to(x.states.dtype)])], 1)
+            for x in both]
     return torch.cat(rows).to(torch.float16).numpy()
 
 def _unpack(rows: Tensor, length: int, width: int, pooled: int, masked: bool) -> Text:
     s = length*width
-    t = Text(rows[:, :s].unflatten(1, (length, width)), rows[:, s:s+pooled], rows[:, s+pooled:].bool() if masked else None)
+    t = Text(rows[:, :s].unflatten(1, (length, width)), rows[:, s:s+pooled],
+             rows[:, s+pooled:].bool() if masked else None)
     return replace(t.index(slice(0, -1)), empty=t.index(slice(-1, None)))
 
 # %% ../../nbs/encoders/02_text_cache.ipynb #e3c3801c

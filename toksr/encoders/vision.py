@@ -27,10 +27,12 @@ def resized(x: Tensor, size: int, mode: str) -> Tensor:
     return (x-mean)/std
 
 class LpipsVGG(Frozen):
-    "LPIPS 0.1 on VGG16 for images in [0,1] of at least 16 px, equal to the package `lpips` (normalize=True). FileNotFoundError if VGG16 cannot be had."
+    """LPIPS 0.1 on VGG16 for images in [0,1] of at least 16 px, equal to the package `lpips` (normalize=True).
+    FileNotFoundError if VGG16 cannot be had."""
     name = 'lpips_vgg'
 
-    def __init__(self, weights: str | Path | None = None):     # torchvision's vgg16 (.pth or .safetensors); None downloads it once
+    # torchvision's vgg16 (.pth or .safetensors); None downloads it once
+    def __init__(self, weights: str | Path | None = None):
         super().__init__()
         import lpips
         from torchvision.models import VGG16_Weights
@@ -38,7 +40,8 @@ class LpipsVGG(Frozen):
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')                     # lpips asks torchvision in an outdated way
             self.net = lpips.LPIPS(net='vgg', pnet_rand=True, verbose=False)
-        keys = {k: f'features.{k.split(".", 1)[1]}' for k in self.net.net.state_dict()}     # slice2.5.weight: features.5.weight
+        # slice2.5.weight: features.5.weight
+        keys = {k: f'features.{k.split(".", 1)[1]}' for k in self.net.net.state_dict()}
         with weights_of(f'VGG16 ({weights or "download"})', 'expected the keys and shapes of torchvision vgg16'):
             self.net.net.load_state_dict({k: state.get(v, torch.empty(0)) for k, v in keys.items()})
         self.freeze()
@@ -52,12 +55,15 @@ class ConvNextS(Frozen):
     "torchvision's ConvNeXt-S, class scores of images in [0,1]. FileNotFoundError if its weights cannot be had."
     name = 'convnext_s'
 
-    def __init__(self, weights: str | Path | None = None):     # torchvision's convnext_small (.pth or .safetensors); None downloads it once
+    # torchvision's convnext_small (.pth or .safetensors); None downloads it once
+    def __init__(self, weights: str | Path | None = None):
         super().__init__()
         from torchvision.models import ConvNeXt_Small_Weights, convnext_small
         state = read_weights(weights, ConvNeXt_Small_Weights.IMAGENET1K_V1.url)
         self.net = convnext_small(weights=None)
-        with weights_of(f'ConvNeXt-S ({weights or "download"})', 'expected the keys and shapes of torchvision convnext_small'): self.net.load_state_dict(state)
+        with weights_of(f'ConvNeXt-S ({weights or "download"})',
+                        'expected the keys and shapes of torchvision convnext_small'):
+            self.net.load_state_dict(state)
         self.freeze()
 
     def logits(self, x: Tensor) -> Tensor:
@@ -70,16 +76,20 @@ class ConvNextS(Frozen):
 
 # %% ../../nbs/encoders/04_vision.ipynb #009c97a3
 class Inception(Frozen):
-    "torch-fidelity's InceptionV3, 2048 features of images in [0,1], rounded to 8 bits as FID wants. FileNotFoundError if its weights cannot be had."
+    """torch-fidelity's InceptionV3, 2048 features of images in [0,1], rounded to 8 bits as FID wants.
+    FileNotFoundError if its weights cannot be had."""
     name, feature_name = 'inception', 'inception2048'
 
-    def __init__(self, weights: str | Path | None = None):     # torch-fidelity's inception file (.pth or .safetensors); None downloads it once
+    # torch-fidelity's inception file (.pth or .safetensors); None downloads it once
+    def __init__(self, weights: str | Path | None = None):
         super().__init__()
         try: from torch_fidelity import feature_extractor_inceptionv3 as module
-        except ModuleNotFoundError: raise FileNotFoundError('Inception: package torch-fidelity is missing; pip install "toksr[dev]"') from None
+        except ModuleNotFoundError:
+            raise FileNotFoundError('Inception: package torch-fidelity is missing; pip install "toksr[dev]"') from None
         state = read_weights(weights, module.URL_INCEPTION_V3)
         with mock.patch.object(module, 'load_state_dict_from_url', lambda *_, **__: state), \
-             weights_of(f'Inception ({weights or "download"})', 'expected the keys and shapes of torch-fidelity\'s inception'):
+             weights_of(f'Inception ({weights or "download"})',
+                        'expected the keys and shapes of torch-fidelity\'s inception'):
             self.net = module.FeatureExtractorInceptionV3('inception', ['2048'])
         self.freeze()
 
@@ -98,7 +108,8 @@ class DinoV2(Frozen):
     ):
         super().__init__()
         from transformers import Dinov2Model
-        with weights_of(f'DINOv2 ({weights})', 'connect to the hub once, or pass a folder with config.json and model.safetensors'):
+        with weights_of(f'DINOv2 ({weights})',
+                        'connect to the hub once, or pass a folder with config.json and model.safetensors'):
             self.net = Dinov2Model.from_pretrained(weights, use_safetensors=True)
         self.size = size
         self.freeze()
@@ -121,22 +132,26 @@ class Lite0Tokens(Frozen):
 
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
-        if image.shape[-1] != self.px: image = F.interpolate(image, size=(self.px, self.px), mode='bicubic', antialias=True).clamp(0, 1)
+        if image.shape[-1] != self.px:
+            image = F.interpolate(image, size=(self.px, self.px), mode='bicubic', antialias=True).clamp(0, 1)
         fine, mid, coarse = self.net.stages(image)[2:]                                  # strides 8, 16, 32
         maps = F.avg_pool2d(fine.float(), 2), mid.float(), F.interpolate(coarse.float(), scale_factor=2.)
-        return torch.cat([F.layer_norm(rearrange(x, 'b c h w -> b (h w) c'), x.shape[1:2]) for x in maps], 2)   # b m 472
+        return torch.cat([F.layer_norm(rearrange(x, 'b c h w -> b (h w) c'), x.shape[1:2]) for x in maps], 2)  # b m 472
 
 class BlipTokens(Frozen):
-    "The frozen ViT-g/14 of BLIP-2 (SEED's and the paper's): image b 3 h w in [0,1] -> b 257 1408. FileNotFoundError if the weights cannot be had."
+    """The frozen ViT-g/14 of BLIP-2 (SEED's and the paper's): image b 3 h w in [0,1] -> b 257 1408.
+    FileNotFoundError if the weights cannot be had."""
     name = 'blip2'
 
     def __init__(self,
-        weights: str = 'Salesforce/blip2-itm-vit-g', # hub name (MIT licence), or a folder with config.json and model.safetensors
+        # hub name (MIT licence), or a folder with config.json and model.safetensors
+        weights: str = 'Salesforce/blip2-itm-vit-g',
         px: int = 224, # side; resized to a square, not cropped
     ):
         super().__init__()
         from transformers import Blip2VisionModel
-        with weights_of(f'BLIP-2 ViT ({weights})', 'connect to the hub once, or pass a folder with config.json and model.safetensors'):
+        with weights_of(f'BLIP-2 ViT ({weights})',
+                        'connect to the hub once, or pass a folder with config.json and model.safetensors'):
             self.net = Blip2VisionModel.from_pretrained(weights, use_safetensors=True)
         self.px, self.width = px, self.net.config.hidden_size
         self.n_patches = (px // self.net.config.patch_size)**2 + 1
@@ -145,7 +160,8 @@ class BlipTokens(Frozen):
     @torch.no_grad()
     def forward(self, image: Tensor) -> Tensor:
         x = F.interpolate(image.float(), size=(self.px, self.px), mode='bicubic', antialias=True).clamp(0, 1)
-        mean, std = (x.new_tensor(v).view(3, 1, 1) for v in ((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)))
+        mean, std = (x.new_tensor(v).view(3, 1, 1)
+                     for v in ((.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)))
         return self.net((x - mean) / std).last_hidden_state                             # b 257 1408
 
 ENCODERS = {'lite0': Lite0Tokens, 'blip2': BlipTokens}

@@ -23,9 +23,12 @@ from ..tokenizers.titok import check_image
 from ..tokenizers.vqgan import CodeConfig, CodeTokenizer, MoVQ, VAR, VQGAN
 
 # %% ../../nbs/hub/03_codes.ipynb #0ba7b595
-RENAMED = (('nin_shortcut', 'conv_shortcut'), ('norm_out', 'conv_norm_out'), ('mid.block_1', 'mid_block.resnets.0'), ('mid.block_2', 'mid_block.resnets.1'), ('mid.attn_1', 'mid_block.attentions.0'),
-           ('downsample.conv', 'downsamplers.0.conv'), ('upsample.conv', 'upsamplers.0.conv'), ('block.', 'resnets.'), ('attn.', 'attentions.'))
-ATTENTION = {'norm': 'group_norm', 'q': 'to_q', 'k': 'to_k', 'v': 'to_v', 'proj_out': 'to_out.0', 'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+RENAMED = (('nin_shortcut', 'conv_shortcut'), ('norm_out', 'conv_norm_out'), ('mid.block_1', 'mid_block.resnets.0'),
+           ('mid.block_2', 'mid_block.resnets.1'), ('mid.attn_1', 'mid_block.attentions.0'),
+           ('downsample.conv', 'downsamplers.0.conv'), ('upsample.conv', 'upsamplers.0.conv'), ('block.', 'resnets.'),
+           ('attn.', 'attentions.'))
+ATTENTION = {'norm': 'group_norm', 'q': 'to_q', 'k': 'to_k', 'v': 'to_v', 'proj_out': 'to_out.0', 'query': 'to_q',
+             'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
 
 def rename_compvis(
     key: str, # `decoder.up.4.block.0.norm1.weight`
@@ -42,14 +45,18 @@ def from_compvis(
     state: dict[str, Tensor], # of VQGAN or VAR, under the published names
     levels: int, # of the towers
 ) -> dict[str, Tensor]: # for `VQGAN` or `VAR`
-    "Rename tensors, turn 1 x 1 convolutions of attention into linear weights, cut VAR's `qkv` in three; loss networks and counters are left out."
+    """Rename tensors, turn 1 x 1 convolutions of attention into linear weights, cut VAR's `qkv` in three; loss
+    networks and counters are left out."""
     out = {}
     for key, v in state.items():
         if key.startswith(('loss.', 'quantize.ema_vocab_hit')): continue
-        if not key.startswith(('encoder.', 'decoder.')): out[key] = v; continue
+        if not key.startswith(('encoder.', 'decoder.')):
+            out[key] = v
+            continue
         new = rename_compvis(key, levels)
         if '.attentions.' in new and v.ndim == 4: v = v[:, :, 0, 0]
-        if '.qkv.' in new: out |= {new.replace('qkv', f'to_{n}'): part.contiguous() for n, part in zip('qkv', v.chunk(3))}
+        if '.qkv.' in new:
+            out |= {new.replace('qkv', f'to_{n}'): part.contiguous() for n, part in zip('qkv', v.chunk(3))}
         else: out[new] = v
     return out
 
@@ -61,7 +68,8 @@ def from_var(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
 
 def from_diffusers(state: dict[str, Tensor], levels: int) -> dict[str, Tensor]:
     "Tensors of diffusers' `VQModel`, whose towers are ours; files of before 2023 name attention otherwise."
-    old = lambda k: re.sub(r'(attentions\.\d+)\.(query|key|value|proj_attn)\b', lambda m: f'{m[1]}.{ATTENTION[m[2]]}', k)
+    old = lambda k: re.sub(r'(attentions\.\d+)\.(query|key|value|proj_attn)\b',
+                           lambda m: f'{m[1]}.{ATTENTION[m[2]]}', k)
     return {re.sub(r'^(encoder|decoder)\.', r'\1.net.', old(k)): v for k, v in state.items()}
 
 # %% ../../nbs/hub/03_codes.ipynb #500164f9
@@ -76,17 +84,25 @@ class PublishedCodes:
     hub: tuple[str, str] | None = None     # (repository, file) that `toksr.core.weights.fetch_pretrained` knows
 
 PUBLISHED_CODES = {
-    'vqgan-f16-16384': PublishedCodes('github CompVis/taming-transformers, vqgan_imagenet_f16_16384', 'MIT', VQGAN, CodeConfig(codes=16384), from_compvis),
-    'vqgan-f16-1024': PublishedCodes('github CompVis/taming-transformers, vqgan_imagenet_f16_1024', 'MIT', VQGAN, CodeConfig(codes=1024), from_compvis),
-    'movq-kandinsky': PublishedCodes('hub kandinsky-community/kandinsky-2-1, movq', 'Apache-2.0', MoVQ, CodeConfig(factor=8, times=(1, 2, 2, 4), latent=4, width=4, codes=16384), from_diffusers,
+    'vqgan-f16-16384': PublishedCodes('github CompVis/taming-transformers, vqgan_imagenet_f16_16384', 'MIT', VQGAN,
+                                      CodeConfig(codes=16384), from_compvis),
+    'vqgan-f16-1024': PublishedCodes('github CompVis/taming-transformers, vqgan_imagenet_f16_1024', 'MIT', VQGAN,
+                                     CodeConfig(codes=1024), from_compvis),
+    'movq-kandinsky': PublishedCodes('hub kandinsky-community/kandinsky-2-1, movq', 'Apache-2.0', MoVQ,
+                                     CodeConfig(factor=8, times=(1, 2, 2, 4), latent=4, width=4, codes=16384),
+                                     from_diffusers,
                                      ('kandinsky-community/kandinsky-2-1', 'movq/diffusion_pytorch_model.safetensors')),
-    'var': PublishedCodes('hub FoundationVision/var, vae_ch160v4096z32.pth', 'MIT', VAR, CodeConfig(base=160, latent=32, width=32, codes=4096), from_var),
+    'var': PublishedCodes('hub FoundationVision/var, vae_ch160v4096z32.pth', 'MIT', VAR,
+                          CodeConfig(base=160, latent=32, width=32, codes=4096), from_var),
 }
 
 def published_entry(name: str) -> PublishedCodes:
     "Look a name up. `ValueError` lists those that there are."
-    if name == 'open-magvit2': raise ValueError('open-magvit2: build the model with its own code and wrap it: toksr.hub.codes.OpenMAGVIT2(model)')
-    if name not in PUBLISHED_CODES: raise ValueError(f'name: expected one of {", ".join(PUBLISHED_CODES)}, got {name!r}')
+    if name == 'open-magvit2':
+        raise ValueError('open-magvit2: build the model with its own code and wrap it: '
+                         'toksr.hub.codes.OpenMAGVIT2(model)')
+    if name not in PUBLISHED_CODES:
+        raise ValueError(f'name: expected one of {", ".join(PUBLISHED_CODES)}, got {name!r}')
     return PUBLISHED_CODES[name]
 
 def from_published(
@@ -99,24 +115,30 @@ def from_published(
     config = replace(entry.config, **changes)
     with torch.device('meta'): shapes = {k: v.shape for k, v in entry.kind(config).state_dict().items()}
     levels = len(config.tower().channels)
-    ours = {k: v.float() for k, v in entry.convert(state, levels).items() if k in shapes or not k.startswith('quantize.')}   # counters of other people's bottlenecks
+    # counters of other people's bottlenecks
+    ours = {k: v.float() for k, v in entry.convert(state, levels).items() if k in shapes
+            or not k.startswith('quantize.')}
     return load_into(entry.kind(config), ours, name).eval().requires_grad_(False)
 
 def load_published_codes(
     name: str, # a key of `PUBLISHED_CODES`
-    path: str | Path | None = None, # sealed safetensors with the published names; None: from the hub, where that is safetensors
+    # sealed safetensors with the published names; None: from the hub, where that is safetensors
+    path: str | Path | None = None,
     image: int = 256, # side of the pictures
 ) -> CodeTokenizer:
     "Load a released tokenizer. `WeightsError` if the file is a pickle, altered, another model's, or not to be had."
     entry = published_entry(name)
-    if path is None and entry.hub is None: raise WeightsError(f'{name}: is published as a pickle ({entry.where}), which is never opened here; convert it once (see toksr.core.weights) and pass its path')
+    if path is None and entry.hub is None:
+        raise WeightsError(f'{name}: is published as a pickle ({entry.where}), which is never opened here; convert it '
+                           f'once (see toksr.core.weights) and pass its path')
     return from_published(name, load_weights(path or fetch_pretrained(*entry.hub))[0], image=image)
 
 # %% ../../nbs/hub/03_codes.ipynb #20d28d41
 class OpenMAGVIT2(nn.Module):
     """A model built by Open-MAGVIT2's own code, under the protocol of `toksr.tokenizers.grid.GridTokenizer`.
 
-    Weights `TencentARC/Open-MAGVIT2-Tokenizer-256-resolution` (Apache-2.0), pictures inside in [-1, 1], 256 tokens of 18 bits at 256 px."""
+    Weights `TencentARC/Open-MAGVIT2-Tokenizer-256-resolution` (Apache-2.0), pictures inside in [-1, 1], 256 tokens of
+    18 bits at 256 px."""
     kind = 'open-magvit2'
     def __init__(self,
         model: nn.Module, # has encode(x) -> (signs b d h w, ...) and decode(signs) -> x
@@ -126,7 +148,9 @@ class OpenMAGVIT2(nn.Module):
     ):
         super().__init__()
         for f in ('encode', 'decode'):
-            if not callable(getattr(model, f, None)): raise ValueError(f'model: expected a model with encode and decode, {type(model).__name__} has no {f}; pass the VQModel of Open-MAGVIT2')
+            if not callable(getattr(model, f, None)):
+                raise ValueError(f'model: expected a model with encode and decode, {type(model).__name__} has no {f}; '
+                                 f'pass the VQModel of Open-MAGVIT2')
         self.model, self.image, self.side, self.width = model.eval(), image, grid_side(image, factor), width
         self.n_tokens, self.bits = self.side**2, float(self.side**2 * width)
 
@@ -135,7 +159,9 @@ class OpenMAGVIT2(nn.Module):
         "Images b 3 s s in [0,1] to signs b n d. `ValueError` if the model makes another number of signs."
         check_image(image, self.image)
         signs = self.model.encode(2 * image - 1)[0]                                  # b d h w
-        if tuple(signs.shape[1:]) != (self.width, self.side, self.side): raise ValueError(f'model: expected signs ({self.width}, {self.side}, {self.side}), got {tuple(signs.shape[1:])}; pass its factor and width')
+        if tuple(signs.shape[1:]) != (self.width, self.side, self.side):
+            raise ValueError(f'model: expected signs ({self.width}, {self.side}, {self.side}), got '
+                             f'{tuple(signs.shape[1:])}; pass its factor and width')
         return rearrange(signs.float(), 'b d h w -> b (h w) d')
 
     @torch.no_grad()

@@ -25,16 +25,20 @@ from ..tokenizers.omni import OmniConfig
 
 # %% ../../nbs/hub/02_grids.ipynb #ff21fb90
 def _order(key: str) -> tuple:
-    "Where a key of the package stands in the network (files of weights are sorted by name): group, block, convolution; weight before bias."
-    place = (0,) if '.input.' in key else (99,) if '.output.' in key else tuple(int(n) for n in re.findall(r'_(\d+)', key))
+    """Where a key of the package stands in the network (files of weights are sorted by name): group, block,
+    convolution; weight before bias."""
+    place = (0,) if '.input.' in key else (99,
+                                           ) if '.output.' in key else tuple(int(n) for n in re.findall(r'_(\d+)', key))
     return place, key.endswith('.b')
 
 def _rename(theirs: dict[str, Tensor], ours: nn.Module, what: str) -> dict[str, Tensor]:
     "Published tensors under our names, matched by place; `WeightsError` at the first shape that differs."
     own, theirs = ours.state_dict(), {k: theirs[k] for k in sorted(theirs, key=_order)}
-    if len(theirs) != len(own): raise WeightsError(f'{what}: expected {len(own)} tensors of a DALL-E network of this size, got {len(theirs)}')
+    if len(theirs) != len(own):
+        raise WeightsError(f'{what}: expected {len(own)} tensors of a DALL-E network of this size, got {len(theirs)}')
     for (k, v), (name, w) in zip(theirs.items(), own.items()):
-        if v.shape != w.shape: raise WeightsError(f'{what}: {k} has shape {tuple(v.shape)}, expected {tuple(w.shape)} ({name})')
+        if v.shape != w.shape:
+            raise WeightsError(f'{what}: {k} has shape {tuple(v.shape)}, expected {tuple(w.shape)} ({name})')
     return dict(zip(own, theirs.values()))
 
 def dalle_config(encoder: dict[str, Tensor], decoder: dict[str, Tensor], image: int = 256) -> DalleConfig:
@@ -42,8 +46,11 @@ def dalle_config(encoder: dict[str, Tensor], decoder: dict[str, Tensor], image: 
     try:
         blocks = len([k for k in encoder if k.startswith('blocks.group_1.') and k.endswith('res_path.conv_1.w')])
         channels = tuple(encoder[f'blocks.group_{i}.block_1.res_path.conv_4.w'].shape[0] for i in range(1, 5))
-        return DalleConfig(image=image, width=decoder['blocks.input.w'].shape[0], codes=encoder['blocks.output.conv.w'].shape[0], channels=channels, blocks=blocks)
-    except KeyError as e: raise WeightsError(f'DALL-E: no tensor {e}; expected the state dicts of the package DALL-E (its Encoder and Decoder)') from None
+        return DalleConfig(image=image, width=decoder['blocks.input.w'].shape[0],
+                           codes=encoder['blocks.output.conv.w'].shape[0], channels=channels, blocks=blocks)
+    except KeyError as e:
+        raise WeightsError(f'DALL-E: no tensor {e}; expected the state dicts of the package DALL-E (its Encoder and '
+                           f'Decoder)') from None
 
 def published_dalle(
     encoder: dict[str, Tensor], # state of the package's Encoder
@@ -56,15 +63,20 @@ def published_dalle(
     rest = {k: v for k, v in decoder.items() if not k.startswith('blocks.input.')}
     tok.encoder.load_state_dict(_rename(encoder, tok.encoder, 'encoder'))
     tok.decoder.load_state_dict(_rename(rest, tok.decoder, 'decoder'))
-    with torch.no_grad(): tok.quantize.embedding.weight.copy_(table[:, :, 0, 0].T); tok.quantize.bias.copy_(bias)
+    with torch.no_grad():
+        tok.quantize.embedding.weight.copy_(table[:, :, 0, 0].T)
+        tok.quantize.bias.copy_(bias)
     return tok.eval()
 
 def load_dalle(folder: str | Path, image: int = 256) -> Dalle:
     "`published_dalle` from `encoder.safetensors` and `decoder.safetensors`. `WeightsError` says how to make them."
     paths = [Path(folder)/f'{k}.safetensors' for k in ('encoder', 'decoder')]
     for p in paths:
-        if not p.is_file(): raise WeightsError(f'{p}: no such file; DALL-E\'s weights are released as pickles. On a machine you can afford to lose, install the package DALL-E, '
-                                               'load encoder.pkl and decoder.pkl with it, and write their state dicts here with toksr.core.weights.save_weights')
+        if not p.is_file():
+            raise WeightsError(f'{p}: no such file; DALL-E\'s weights are released as pickles. On a machine you can '
+                               f'afford to lose, install the package DALL-E, '
+                                               'load encoder.pkl and decoder.pkl with it, and write their state dicts '
+                                               'here with toksr.core.weights.save_weights')
     return published_dalle(*(load_weights(p)[0] for p in paths), image)
 
 # %% ../../nbs/hub/02_grids.ipynb #c1e2ba20
@@ -84,7 +96,8 @@ class Given(nn.Module):
 
     def index(self, z: Tensor) -> Tensor:
         "Number of each code: b n d -> b n."
-        return self.fsq.index(z) if self.fsq else rearrange(nearest(z.flatten(0, 1), self.codes), '(b n) -> b n', b=len(z))
+        return self.fsq.index(z) if self.fsq else rearrange(nearest(z.flatten(0, 1), self.codes),
+                                                            '(b n) -> b n', b=len(z))
 
     def indices(self, tokens: Tensor) -> Tensor:
         "The same from b d 1 n."
@@ -98,7 +111,8 @@ def _first(parts: Tensor | tuple) -> Tensor:
     return parts if isinstance(parts, Tensor) else parts[0]
 
 class PublishedCosmos(GridTokenizer):
-    "A released Cosmos image tokenizer (`nvidia/Cosmos-0.1-Tokenizer-{DI,CI}{8x8,16x16}`, NVIDIA open model licence): sees [-1,1]."
+    """A released Cosmos image tokenizer (`nvidia/Cosmos-0.1-Tokenizer-{DI,CI}{8x8,16x16}`, NVIDIA open model
+    licence): sees [-1,1]."""
     low, high = -1., 1.
 
     def __init__(self,
@@ -110,9 +124,10 @@ class PublishedCosmos(GridTokenizer):
     ):
         levels = (8, 8, 8, 5, 5, 5) if is_discrete else ()
         config = CosmosConfig(image=image, factor=factor, levels=levels)
-        super().__init__(config, Given(fsq=FSQ(levels)) if levels else Plain(), (grid_side(image, factor),) * 2, len(levels) or 16)
+        super().__init__(config, Given(fsq=FSQ(levels)) if levels else Plain(), (grid_side(image, factor),) * 2,
+                         len(levels) or 16)
         self.encoder, self.decoder = encoder, decoder
-        self.dtype = next((p.dtype for p in encoder.parameters()), torch.float32)         # the released files are bfloat16
+        self.dtype = next((p.dtype for p in encoder.parameters()), torch.float32)  # the released files are bfloat16
 
     def analyse(self, x: Tensor) -> Tensor:
         "Codes or latents, b d h w."
@@ -130,21 +145,29 @@ def load_cosmos(folder: str | Path, factor: int, is_discrete: bool, image: int =
     nets = []
     for name in ('encoder.jit', 'decoder.jit'):
         path = Path(folder)/name
-        if not path.is_file(): raise WeightsError(f'{path}: no such file; copy encoder.jit and decoder.jit of nvidia/Cosmos-0.1-Tokenizer-DI16x16 (or its siblings; NVIDIA open model licence) there')
+        if not path.is_file():
+            raise WeightsError(f'{path}: no such file; copy encoder.jit and decoder.jit of '
+                               f'nvidia/Cosmos-0.1-Tokenizer-DI16x16 (or its siblings; NVIDIA open model '
+                               f'licence) there')
         try: nets.append(torch.jit.load(str(path), map_location='cpu').eval())
-        except RuntimeError as e: raise WeightsError(f'{path}: no TorchScript program ({str(e).splitlines()[0]}); fetch it again') from None
+        except RuntimeError as e:
+            raise WeightsError(f'{path}: no TorchScript program ({str(e).splitlines()[0]}); fetch it again') from None
     return PublishedCosmos(*nets, factor, is_discrete, image).eval()
 
 # %% ../../nbs/hub/02_grids.ipynb #09adfb93
 class PublishedOmni(GridTokenizer):
-    "A released OmniTokenizer (`Daniel0724/OmniTokenizer`, MIT), loaded by its own code: sees [-0.5,0.5], 8 pixels a token, 8192 codes."
+    """A released OmniTokenizer (`Daniel0724/OmniTokenizer`, MIT), loaded by its own code: sees [-0.5,0.5], 8 pixels
+    a token, 8192 codes."""
     low, high = -.5, .5
 
     def __init__(self, model: nn.Module, image: int = 256, patch: int = 8):
         for name in ('encode', 'decode', 'codebook'):
-            if not hasattr(model, name): raise WeightsError(f'OmniTokenizer: the model has no {name}; pass the VQGAN module of its repository, loaded in an environment with its pinned packages')
+            if not hasattr(model, name):
+                raise WeightsError(f'OmniTokenizer: the model has no {name}; pass the VQGAN module of its repository, '
+                                   f'loaded in an environment with its pinned packages')
         table = model.codebook.embeddings
-        super().__init__(OmniConfig(image=image, patch=patch, width=table.shape[1], codes=len(table)), Given(codes=table), (grid_side(image, patch),) * 2, table.shape[1])
+        super().__init__(OmniConfig(image=image, patch=patch, width=table.shape[1], codes=len(table)),
+                         Given(codes=table), (grid_side(image, patch),) * 2, table.shape[1])
         self.model = model
 
     def analyse(self, x: Tensor) -> Tensor:
@@ -160,17 +183,21 @@ class PublishedKL(KLf8):
     "A released `diffusers.AutoencoderKL`: sees [-1,1], 8 pixels a token in Stable Diffusion."
     def __init__(self, vae: nn.Module, image: int = 256):
         c = vae.config
-        own = KLf8Config(image=image, width=c.latent_channels, channels=tuple(c.block_out_channels), blocks=c.layers_per_block, groups=c.norm_num_groups)
+        own = KLf8Config(image=image, width=c.latent_channels, channels=tuple(c.block_out_channels),
+                         blocks=c.layers_per_block, groups=c.norm_num_groups)
         GridTokenizer.__init__(self, own, KL(), (grid_side(image, 2**(len(own.channels) - 1)),) * 2, own.width)
         self.net, self.linear, self.scale = vae, None, c.scaling_factor
         for name in ('quant_conv', 'post_quant_conv'):
             if getattr(vae, name, None) is None: setattr(vae, name, nn.Identity())
 
 def load_kl(image: int = 256, repo: str = 'CompVis/stable-diffusion-v1-4') -> PublishedKL:
-    "Stable Diffusion's autoencoder (openrail-m) from the hub or its cache. `WeightsError` when it is neither here nor reachable."
+    """Stable Diffusion's autoencoder (openrail-m) from the hub or its cache. `WeightsError` when it is neither here
+    nor reachable."""
     from diffusers import AutoencoderKL
     config = json.loads(fetch_pretrained(repo, 'vae/config.json').read_text())
     state, _ = load_weights(path := fetch_pretrained(repo, 'vae/diffusion_pytorch_model.safetensors'))
-    old = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}        # names of the attention before diffusers 0.12
-    state = {'.'.join([*k.split('.')[:-2], old.get(k.split('.')[-2], k.split('.')[-2]), k.split('.')[-1]]) if 'attentions' in k else k: v for k, v in state.items()}
+    # names of the attention before diffusers 0.12
+    old = {'query': 'to_q', 'key': 'to_k', 'value': 'to_v', 'proj_attn': 'to_out.0'}
+    state = {'.'.join([*k.split('.')[:-2], old.get(k.split('.')[-2], k.split('.')[-2]), k.split('.')[-1]])
+             if 'attentions' in k else k: v for k, v in state.items()}
     return PublishedKL(load_into(AutoencoderKL.from_config(config), state, path), image).eval()

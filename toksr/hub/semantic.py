@@ -33,20 +33,31 @@ class Source(NamedTuple):
     note: str
 
 SEMANTIC_SOURCES = {
-    'SEED-2': Source('hub: AILab-CVC/seed-tokenizer-2, file seed_quantizer.pt', 'apache-2.0', 'a pickle; reads BLIP-2 features; one embedding of 1024 for unCLIP Stable Diffusion 2.1, whose official repository was removed (mirror: sd2-community/stable-diffusion-2-1-unclip, openrail++)'),
-    'SEED-1': Source('a folder on Google Drive, linked from the branch v1 of AILab-CVC/SEED', 'apache-2.0', '77 embeddings for CompVis/stable-diffusion-v1-4 (openrail-m): what the dual-stream paper describes'),
-    'BLIP-2 ViT-g': Source('hub: Salesforce/blip2-itm-vit-g', 'mit', 'the frozen image encoder of both, through transformers'),
-    'LaVIT': Source('hub: rain1011/LaVIT-7B-v2', 'llama2', 'needs its own environment (timm 0.4.12, diffusers 0.21) and a GPU; at most 256 codes at 224 px'),
+    'SEED-2': Source('hub: AILab-CVC/seed-tokenizer-2, file seed_quantizer.pt', 'apache-2.0',
+                     'a pickle; reads BLIP-2 features; one embedding of 1024 for unCLIP Stable Diffusion 2.1, whose '
+                     'official repository was removed (mirror: sd2-community/stable-diffusion-2-1-unclip, openrail++)'),
+    'SEED-1': Source('a folder on Google Drive, linked from the branch v1 of AILab-CVC/SEED', 'apache-2.0',
+                     '77 embeddings for CompVis/stable-diffusion-v1-4 (openrail-m): what the dual-stream paper '
+                     'describes'),
+    'BLIP-2 ViT-g': Source('hub: Salesforce/blip2-itm-vit-g', 'mit',
+                           'the frozen image encoder of both, through transformers'),
+    'LaVIT': Source('hub: rain1011/LaVIT-7B-v2', 'llama2',
+                    'needs its own environment (timm 0.4.12, diffusers 0.21) and a GPU; at most 256 codes at 224 px'),
 }
 
 # %% ../../nbs/hub/04_semantic.ipynb #802ec10f
 RENAMES = (                                     # regular expression -> ours, applied in order
-    (r'^Qformer\.bert\.embeddings\.LayerNorm', 'causal.bert.layernorm'), (r'^Qformer\.bert\.', 'causal.bert.'), (r'^query_tokens', 'causal.query_tokens'),
-    (r'^Reverse_Qformer\.bert\.embeddings\.LayerNorm', 'reverse.bert.layernorm'), (r'^Reverse_Qformer\.bert\.', 'reverse.bert.'), (r'^reverse_tokens', 'reverse.query_tokens'),
-    (r'attention\.self\.', 'attention.attention.'), (r'^(quantize|encode_task_layer|decode_task_layer|blocks)\.', r'codes.\1.'), (r'^pos_embed$', 'codes.pos_embed'),
-    (r'\.norm1\.', '.ln_1.'), (r'\.norm2\.', '.ln_2.'), (r'\.attn\.qkv\.(weight|bias)', r'.attn.in_proj_\1'), (r'\.attn\.proj\.', '.attn.out_proj.'),
+    (r'^Qformer\.bert\.embeddings\.LayerNorm', 'causal.bert.layernorm'), (r'^Qformer\.bert\.', 'causal.bert.'),
+    (r'^query_tokens', 'causal.query_tokens'),
+    (r'^Reverse_Qformer\.bert\.embeddings\.LayerNorm', 'reverse.bert.layernorm'),
+    (r'^Reverse_Qformer\.bert\.', 'reverse.bert.'), (r'^reverse_tokens', 'reverse.query_tokens'),
+    (r'attention\.self\.', 'attention.attention.'),
+    (r'^(quantize|encode_task_layer|decode_task_layer|blocks)\.', r'codes.\1.'), (r'^pos_embed$', 'codes.pos_embed'),
+    (r'\.norm1\.', '.ln_1.'), (r'\.norm2\.', '.ln_2.'), (r'\.attn\.qkv\.(weight|bias)', r'.attn.in_proj_\1'),
+    (r'\.attn\.proj\.', '.attn.out_proj.'),
     (r'\.mlp\.fc1\.', '.mlp.c_fc.'), (r'\.mlp\.fc2\.', '.mlp.c_proj.'))
-OUTSIDE = r'^(visual_encoder|ln_vision|Qformer\.cls|Reverse_Qformer\.cls)\.|position_ids$|embeddings\.(word|position)_embeddings|\.layer\.\d+\.(intermediate|output)\.'   # the encoder, and BERT's text side
+# the encoder, and BERT's text side
+OUTSIDE = r'^(visual_encoder|ln_vision|Qformer\.cls|Reverse_Qformer\.cls)\.|position_ids$|embeddings\.(word|position)_embeddings|\.layer\.\d+\.(intermediate|output)\.'
 
 def rename_seed(state: dict[str, Tensor]) -> dict[str, Tensor]:
     "Tensors of SEED's file under our names; the image encoder and BERT's text side are left out."
@@ -62,12 +73,18 @@ def seed_sizes(state: dict[str, Tensor], head_width: int = 64) -> dict[str, int]
     def shape(key: str) -> tuple[int, ...]:
         if key not in state: raise WeightsError(f'SEED: {key} is missing; expected the tensors of seed_quantizer.pt')
         return tuple(state[key].shape)
-    def layers(start: str) -> int: return len({m[1] for k in state if (m := re.match(rf'{re.escape(start)}\.(\d+)\.', k))})
+    def layers(start: str) -> int:
+        return len({m[1] for k in state if (m := re.match(rf'{re.escape(start)}\.(\d+)\.', k))})
     _, n, d = shape('causal.query_tokens')
-    return dict(queries=n, width=d, heads=max(1, d // head_width), layers=layers('causal.bert.encoder.layer'), key_width=shape('causal.bert.encoder.layer.0.crossattention.attention.key.weight')[1],
-                mlp_ratio=shape('causal.bert.encoder.layer.0.intermediate_query.dense.weight')[0] // d, codes=shape('codes.quantize.embedding.weight')[0], code_width=shape('codes.quantize.embedding.weight')[1],
-                decoder_layers=layers('codes.blocks'), image_layers=layers('blocks_image'), out=shape('distill_image_proj.weight')[0],
-                reverse_tokens=state['reverse.query_tokens'].shape[1] if 'reverse.query_tokens' in state else 0, reverse_layers=layers('reverse.bert.encoder.layer'))
+    return dict(queries=n, width=d, heads=max(1, d // head_width), layers=layers('causal.bert.encoder.layer'),
+                key_width=shape('causal.bert.encoder.layer.0.crossattention.attention.key.weight')[1],
+                mlp_ratio=shape('causal.bert.encoder.layer.0.intermediate_query.dense.weight')[0] // d,
+                codes=shape('codes.quantize.embedding.weight')[0],
+                code_width=shape('codes.quantize.embedding.weight')[1],
+                decoder_layers=layers('codes.blocks'), image_layers=layers('blocks_image'),
+                out=shape('distill_image_proj.weight')[0],
+                reverse_tokens=state['reverse.query_tokens'].shape[1] if 'reverse.query_tokens' in state else 0,
+                reverse_layers=layers('reverse.bert.encoder.layer'))
 
 # %% ../../nbs/hub/04_semantic.ipynb #449bde5f
 class PublishedSeed(nn.Module):
@@ -79,17 +96,21 @@ class PublishedSeed(nn.Module):
         super().__init__()
         z, self._vision = sizes, [vision]
         tower = f"d{z['width']}x{z['layers']}h{z['heads']}"
-        self.config = SemanticConfig(vision_width=z['key_width'], size=tower, dropout=0., image_layers=0, **{k: z[k] for k in ('queries', 'mlp_ratio', 'codes', 'code_width', 'decoder_layers')})
+        self.config = SemanticConfig(vision_width=z['key_width'], size=tower, dropout=0., image_layers=0,
+                                     **{k: z[k] for k in ('queries', 'mlp_ratio', 'codes', 'code_width',
+                                                          'decoder_layers')})
         self.causal, self.codes = QFormer(self.config.qformer()), Codes(self.config)
         self.pos_embed_image = nn.Parameter(torch.zeros(1, z['queries'], z['width']))
         self.blocks_image = stack(z['width'], z['image_layers'], z['heads'], z['mlp_ratio'])
         self.reverse, self.image_down, d = None, None, z['width']
-        if z['reverse_tokens']:                                                         # SEED-1, and SEED-2 with its Q-Former
-            self.reverse = QFormer(QFormerConfig(z['reverse_tokens'], f"d{d}x{z['reverse_layers']}h{z['heads']}", d, mlp_ratio=z['mlp_ratio'], is_causal=False))
+        if z['reverse_tokens']:  # SEED-1, and SEED-2 with its Q-Former
+            self.reverse = QFormer(QFormerConfig(z['reverse_tokens'], f"d{d}x{z['reverse_layers']}h{z['heads']}", d,
+                                                 mlp_ratio=z['mlp_ratio'], is_causal=False))
             self.distill_image_proj = nn.Linear(d, z['out'])
         else:                                                                           # SEED-2 as released
             widths = (d, d // 3, d // 6, 32)
-            self.image_down = nn.Sequential(*(m for a, b in zip(widths, widths[1:]) for m in (nn.Linear(a, b, bias=False), nn.ReLU())))[:-1]
+            self.image_down = nn.Sequential(*(m for a, b in zip(widths, widths[1:])
+                                              for m in (nn.Linear(a, b, bias=False), nn.ReLU())))[:-1]
             self.distill_image_proj = nn.Linear(32 * z['queries'], z['out'])
         self.eval().requires_grad_(False)
 
@@ -122,7 +143,8 @@ class PublishedSeed(nn.Module):
         "What the diffusion model reads: 77 states (SEED-1; pooled is their mean) or one embedding (SEED-2)."
         x = self.codes.lookup(indices) + self.pos_embed_image                           # b n d
         for block in self.blocks_image: x = block(x)
-        states = self.distill_image_proj(self.reverse(x)) if self.reverse else self.distill_image_proj(self.image_down(x).flatten(1))[:, None]   # b l c
+        # b l c
+        states = self.distill_image_proj(self.reverse(x)) if self.reverse else self.distill_image_proj(self.image_down(x).flatten(1))[:, None]
         return Text(states, states.mean(1))
 
 # %% ../../nbs/hub/04_semantic.ipynb #0b6fa5ab
@@ -131,11 +153,14 @@ class LavitCommand:
     name, n_tokens, codes = 'LaVIT', 256, 16384
 
     def __init__(self,
-        command: list[str], # program and arguments; {images} and {out} are replaced by a folder and by the json to write
+        # program and arguments; {images} and {out} are replaced by a folder and by the json to write
+        command: list[str],
         timeout: float = 3600., # seconds
     ):
-        if isinstance(command, str) or not {'{images}', '{out}'} <= {w for c in command for w in re.findall(r'\{\w+\}', c)}:
-            raise ValueError('command: expected a list of words that holds {images} and {out}, e.g. ["/path/python", "tokenize.py", "{images}", "{out}"]')
+        if isinstance(command, str) or not {'{images}',
+                                            '{out}'} <= {w for c in command for w in re.findall(r'\{\w+\}', c)}:
+            raise ValueError('command: expected a list of words that holds {images} and {out}, e.g. ["/path/python", '
+                             '"tokenize.py", "{images}", "{out}"]')
         self.command, self.timeout = command, timeout
 
     def encode(self, image: Tensor) -> Tensor:
@@ -146,15 +171,22 @@ class LavitCommand:
             for i, x in enumerate(image): Image.fromarray(as_uint8(x)).save(folder / f'{i:06d}.png')
             words = [c.replace('{images}', str(folder)).replace('{out}', str(out)) for c in self.command]
             try: done = subprocess.run(words, capture_output=True, text=True, timeout=self.timeout)
-            except FileNotFoundError: raise FileNotFoundError(f'LaVIT: no program {words[0]}; weights: {SEMANTIC_SOURCES["LaVIT"].where} ({SEMANTIC_SOURCES["LaVIT"].licence}), {SEMANTIC_SOURCES["LaVIT"].note}') from None
-            if done.returncode or not out.is_file(): raise WeightsError(f'LaVIT: the command ended with {done.returncode}{"" if out.is_file() else " and wrote no codes"}: {done.stderr.strip()[-200:]}')
+            except FileNotFoundError:
+                raise FileNotFoundError(f'LaVIT: no program {words[0]}; weights: {SEMANTIC_SOURCES["LaVIT"].where} '
+                                        f'({SEMANTIC_SOURCES["LaVIT"].licence}), {SEMANTIC_SOURCES["LaVIT"].note}') from None
+            if done.returncode or not out.is_file():
+                raise WeightsError(f'LaVIT: the command ended with '
+                                   f'{done.returncode}{"" if out.is_file() else " and wrote no codes"}: '
+                                   f'{done.stderr.strip()[-200:]}')
             return self.read(json.loads(out.read_text()), len(image))
 
     def read(self, found: dict[str, list[int]], n: int) -> Tensor:
-        "Rows of codes, filled up with -1. `WeightsError` for missing images, empty rows, or codes that LaVIT does not have."
+        """Rows of codes, filled up with -1. `WeightsError` for missing images, empty rows, or codes that LaVIT does
+        not have."""
         rows = [found.get(f'{i:06d}.png') for i in range(n)]
         for i, r in enumerate(rows):
             if not r or len(r) > self.n_tokens or not all(isinstance(c, int) and 0 <= c < self.codes for c in r):
-                raise WeightsError(f'LaVIT: image {i}: expected 1 to {self.n_tokens} whole numbers below {self.codes}, got {str(r)[:60]}')
+                raise WeightsError(f'LaVIT: image {i}: expected 1 to {self.n_tokens} whole numbers below '
+                                   f'{self.codes}, got {str(r)[:60]}')
         widest = max(map(len, rows))
         return torch.tensor([r + [-1] * (widest - len(r)) for r in rows])

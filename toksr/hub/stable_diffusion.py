@@ -27,7 +27,9 @@ def padded_with_end(ids: Tensor) -> Tensor:
 
 # %% ../../nbs/hub/06_stable_diffusion.ipynb #5c74db46
 SD14 = 'CompVis/stable-diffusion-v1-4'     # openrail-m; 512 px
-SETTINGS = ('num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'prediction_type', 'set_alpha_to_one', 'steps_offset', 'timestep_spacing')   # of a scheduler
+# of a scheduler
+SETTINGS = ('num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 'trained_betas', 'prediction_type',
+            'set_alpha_to_one', 'steps_offset', 'timestep_spacing')
 
 class StableDiffusion(nn.Module):
     """Stable Diffusion 1.x as the diffusion branch: pictures in [0,1], latents b 4 h w in units of their deviation.
@@ -43,7 +45,8 @@ class StableDiffusion(nn.Module):
         super().__init__()
         self.vae, self.unet, self.text_encoder, self.device = vae, unet, text_encoder, torch.device(device)
         self.to(self.device).eval().requires_grad_(False)
-        self.schedule = DDIMScheduler.from_config({k: scheduler.config[k] for k in SETTINGS if k in scheduler.config}, clip_sample=False)
+        self.schedule = DDIMScheduler.from_config({k: scheduler.config[k] for k in SETTINGS if k in scheduler.config},
+                                                  clip_sample=False)
         self.factor = 2**(len(vae.config.block_out_channels) - 1)
         self.multiple = self.factor * 2**(len(unet.config.block_out_channels) - 1)
         self.size = unet.config.sample_size * self.factor
@@ -55,9 +58,12 @@ class StableDiffusion(nn.Module):
 
     @classmethod
     def from_hub(cls, name: str = SD14, device: str = 'cpu') -> 'StableDiffusion':
-        "Download (or find in the hub's cache) a Stable Diffusion 1.x; safetensors only. `FileNotFoundError` if it cannot be had."
-        with weights_of(name, f'connect to the hub once, accept the licence if it asks, or give the folder of a saved pipeline; profile laptop needs no {name}'):
-            return cls.from_pipeline(StableDiffusionPipeline.from_pretrained(name, use_safetensors=True, safety_checker=None, requires_safety_checker=False), device)
+        """Download (or find in the hub's cache) a Stable Diffusion 1.x; safetensors only. `FileNotFoundError` if it
+        cannot be had."""
+        with weights_of(name, f'connect to the hub once, accept the licence if it asks, or give the folder of a saved '
+                              f'pipeline; profile laptop needs no {name}'):
+            return cls.from_pipeline(StableDiffusionPipeline.from_pretrained(name, use_safetensors=True,
+                    safety_checker=None, requires_safety_checker=False), device)
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -66,7 +72,8 @@ class StableDiffusion(nn.Module):
     def at(self, size: int) -> 'StableDiffusion':
         "The same model for pictures of another size. `ValueError` unless it is a multiple of what the U-Net halves."
         if size < 1 or size % self.multiple: raise ValueError(f'size={size}: expected a multiple of {self.multiple}')
-        other = copy(self); other.size = size
+        other = copy(self)
+        other.size = size
         return other
 
     @torch.no_grad()
@@ -100,8 +107,12 @@ class StableDiffusion(nn.Module):
         drop_text: Tensor | None = None,  # b bool, whose caption becomes the empty one
     ) -> Tensor:
         "Predicted noise, b 4 h w."
-        if drop_text is not None: text = drop_captions(Text(text.states, text.pooled, None, Text(*map(lambda v: v.to(text.states), (self._empty.states, self._empty.pooled)))), drop_text)
-        out = self.unet(x.to(self.device, self.unet.dtype), t.to(self.device), text.states.to(self.device, self.unet.dtype)).sample
+        if drop_text is not None:
+            text = drop_captions(Text(text.states, text.pooled, None,
+                                      Text(*map(lambda v: v.to(text.states),
+                                                (self._empty.states, self._empty.pooled)))), drop_text)
+        out = self.unet(x.to(self.device, self.unet.dtype), t.to(self.device),
+                        text.states.to(self.device, self.unet.dtype)).sample
         return out.to(x.device, torch.float32)
 
     @property
@@ -117,4 +128,5 @@ def load_diffusion(
     device: str = 'cpu',           # for the published one
 ) -> nn.Module:
     "The diffusion branch: our own from two files, or a published one."
-    return StableDiffusion.from_hub(published, device) if published else load_latent(path, tokenizer, load_grid(tokenizer))
+    return StableDiffusion.from_hub(published, device) if published else load_latent(path, tokenizer,
+                                                                                     load_grid(tokenizer))

@@ -24,8 +24,10 @@ from ..sr.baselines import Baseline
 
 # %% ../../nbs/hub/05_super_resolution.ipynb #b0c08dbf
 class InfDiTCommand(Baseline):
-    """Inf-DiT (Yang et al. 2024) as a command. Code: github THUDM/Inf-DiT (Apache-2.0); weights: one file linked there, licence not stated, no hub id. ×2 and ×4;
-    low-resolution sides must be multiples of 32. `FileNotFoundError` if the command does not exist, `RuntimeError` if it fails or leaves a picture out."""
+    """Inf-DiT (Yang et al. 2024) as a command. Code: github THUDM/Inf-DiT (Apache-2.0); weights: one file linked
+    there, licence not stated, no hub id. ×2 and ×4;
+    low-resolution sides must be multiples of 32. `FileNotFoundError` if the command does not exist, `RuntimeError` if
+    it fails or leaves a picture out."""
     name, multiple, factors = 'Inf-DiT', 32, (2, 4)
 
     def __init__(self,
@@ -34,13 +36,15 @@ class InfDiTCommand(Baseline):
         seconds: float = 3600.,         # how long it may take
     ):
         self.command, self.folder, self.seconds = list(command), folder, seconds
-        if not any('{output}' in w for w in self.command): raise ValueError(f'command: no word with {{output}} in {self.command}; say where the results go')
+        if not any('{output}' in w for w in self.command):
+            raise ValueError(f'command: no word with {{output}} in {self.command}; say where the results go')
 
     def upscale(self, lr: Tensor, factor: int) -> Tensor:
         "Write PNGs, run, read PNGs."
         if factor not in self.factors: raise ValueError(f'factor: Inf-DiT enlarges by 2 or 4, got {factor}')
         if lr.shape[-1] % self.multiple or lr.shape[-2] % self.multiple:
-            raise ValueError(f'lr: Inf-DiT needs sides that are multiples of {self.multiple}, got {tuple(lr.shape[-2:])}; pad or crop')
+            raise ValueError(f'lr: Inf-DiT needs sides that are multiples of {self.multiple}, got '
+                             f'{tuple(lr.shape[-2:])}; pad or crop')
         with tempfile.TemporaryDirectory() as d:
             into, out = Path(d)/'in', Path(d)/'out'
             into.mkdir(), out.mkdir()
@@ -55,16 +59,24 @@ class InfDiTCommand(Baseline):
         words = self.command
         for k, v in values.items(): words = [w.replace(f'{{{k}}}', str(v)) for w in words]
         try: done = subprocess.run(words, cwd=self.folder, capture_output=True, text=True, timeout=self.seconds)
-        except FileNotFoundError as e: raise FileNotFoundError(f'Inf-DiT: {words[0]} was not found ({e.strerror}); install THUDM/Inf-DiT in its own environment and give the path of its python') from None
-        except subprocess.TimeoutExpired: raise RuntimeError(f'Inf-DiT: not done after {self.seconds:.0f} s; raise `seconds` or give it fewer pictures') from None
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f'Inf-DiT: {words[0]} was not found ({e.strerror}); install THUDM/Inf-DiT in its '
+                                    f'own environment and give the path of its python') from None
+        except subprocess.TimeoutExpired:
+            raise RuntimeError(f'Inf-DiT: not done after {self.seconds:.0f} s; raise `seconds` or give it fewer '
+                               f'pictures') from None
         if done.returncode: raise RuntimeError(f'Inf-DiT: exit status {done.returncode}: {done.stderr.strip()[-500:]}')
 
     def read(self, folder: Path, stem: str, size: tuple[int, int]) -> Tensor:
         "The picture that belongs to an input, 3 h w in [0,1]."
         found = sorted(folder.rglob(f'*{stem}*.png'))
-        if len(found) != 1: raise RuntimeError(f'Inf-DiT: expected one result with {stem} in its name, found {len(found)}')
-        x = torch.from_numpy(np.asarray(Image.open(found[0]).convert('RGB')).copy()).permute(2, 0, 1).float() / 255   # 3 h w
-        if tuple(x.shape[1:]) != size: raise RuntimeError(f'Inf-DiT: {found[0].name} has {tuple(x.shape[1:])} pixels, expected {size}; check the factor in the command')
+        if len(found) != 1:
+            raise RuntimeError(f'Inf-DiT: expected one result with {stem} in its name, found {len(found)}')
+        # 3 h w
+        x = torch.from_numpy(np.asarray(Image.open(found[0]).convert('RGB')).copy()).permute(2, 0, 1).float() / 255
+        if tuple(x.shape[1:]) != size:
+            raise RuntimeError(f'Inf-DiT: {found[0].name} has {tuple(x.shape[1:])} pixels, expected {size}; check the '
+                               f'factor in the command')
         return x
 
 # %% ../../nbs/hub/05_super_resolution.ipynb #f414c6f8
@@ -77,28 +89,38 @@ class Published3:
     steps: int = 28          # Euler steps
     guidance: float = 7.     # classifier-free guidance
 
-SD3 = Published3('stabilityai/stable-diffusion-3-medium-diffusers', 'InstantX/SD3-Controlnet-Tile', 'Stability AI Community License (gated); ControlNet Apache-2.0')
-SD35 = Published3('stabilityai/stable-diffusion-3.5-large', 'stabilityai/stable-diffusion-3.5-large-controlnet-blur', 'Stability AI Community License (gated)', 40, 4.5)
+SD3 = Published3('stabilityai/stable-diffusion-3-medium-diffusers', 'InstantX/SD3-Controlnet-Tile',
+                 'Stability AI Community License (gated); ControlNet Apache-2.0')
+SD35 = Published3('stabilityai/stable-diffusion-3.5-large', 'stabilityai/stable-diffusion-3.5-large-controlnet-blur',
+                  'Stability AI Community License (gated)', 40, 4.5)
 
 def load_sd3(
     published: Published3 = SD3,       # SD3 or SD35
-    download: bool = False,            # fetch what is not in the hub's cache (10 to 30 GB, after accepting the licence on the hub)
+    # fetch what is not in the hub's cache (10 to 30 GB, after accepting the licence on the hub)
+    download: bool = False,
     device: str = 'cuda',              # where it runs
 ) -> Any:
-    "The diffusers pipeline in float16. `FileNotFoundError` says what is missing: the package, the licence, or the files."
+    """The diffusers pipeline in float16. `FileNotFoundError` says what is missing: the package, the licence, or the
+    files."""
     try: from diffusers import SD3ControlNetModel, StableDiffusion3ControlNetPipeline
-    except ImportError as e: raise FileNotFoundError(f'Stable Diffusion 3: diffusers with SD3 ControlNet is missing ({e}); pip install diffusers transformers sentencepiece') from None
+    except ImportError as e:
+        raise FileNotFoundError(f'Stable Diffusion 3: diffusers with SD3 ControlNet is missing ({e}); pip install '
+                                f'diffusers transformers sentencepiece') from None
     try:
-        net = SD3ControlNetModel.from_pretrained(published.controlnet, torch_dtype=torch.float16, use_safetensors=True, local_files_only=not download)
-        pipe = StableDiffusion3ControlNetPipeline.from_pretrained(published.model, controlnet=net, torch_dtype=torch.float16, use_safetensors=True, local_files_only=not download)
+        net = SD3ControlNetModel.from_pretrained(published.controlnet, torch_dtype=torch.float16, use_safetensors=True,
+                                                 local_files_only=not download)
+        pipe = StableDiffusion3ControlNetPipeline.from_pretrained(published.model, controlnet=net,
+                torch_dtype=torch.float16, use_safetensors=True, local_files_only=not download)
     except (OSError, ValueError) as e:
-        raise FileNotFoundError(f'{published.model} with {published.controlnet} is not in the hub\'s cache ({type(e).__name__}): accept the licence ({published.licence}) on the hub, '
+        raise FileNotFoundError(f'{published.model} with {published.controlnet} is not in the hub\'s cache '
+                                f'({type(e).__name__}): accept the licence ({published.licence}) on the hub, '
                                 'log in, and call load_sd3(download=True)') from e
     return pipe.to(device)
 
 # %% ../../nbs/hub/05_super_resolution.ipynb #e6e163c0
 class StableDiffusion3(Baseline):
-    """Stable Diffusion 3 or 3.5 with a tile or blur ControlNet, through diffusers' `StableDiffusion3ControlNetPipeline`; hub ids and licences: `SD3`, `SD35`.
+    """Stable Diffusion 3 or 3.5 with a tile or blur ControlNet, through diffusers'
+    `StableDiffusion3ControlNetPipeline`; hub ids and licences: `SD3`, `SD35`.
     `captions` are the prompts of the next call; without them the prompt is empty."""
     name = 'Stable Diffusion 3'
 
@@ -108,7 +130,8 @@ class StableDiffusion3(Baseline):
         side: int = 1024,                    # pixels at which it works
         strength: float = 1.,                # of the ControlNet
         seed: int = 0,                       # of the noise; picture i gets seed + i
-        prompt: Callable[[list[str]], dict] | None = None,   # captions -> keyword arguments (prompt_embeds …); default: the captions themselves
+        # captions -> keyword arguments (prompt_embeds …); default: the captions themselves
+        prompt: Callable[[list[str]], dict] | None = None,
     ):
         self.pipe, self.published, self.side, self.strength, self.seed = pipe, published, side, strength, seed
         self.prompt, self.captions = prompt or (lambda captions: dict(prompt=captions)), None
@@ -117,14 +140,21 @@ class StableDiffusion3(Baseline):
     def upscale(self, lr: Tensor, factor: int) -> Tensor:
         "Answer one picture at a time: b 3 h w in [0,1]."
         captions = self.captions or [''] * len(lr)
-        if len(captions) != len(lr): raise ValueError(f'captions: expected one for each of {len(lr)} pictures, got {len(captions)}')
-        if self.side % lr.shape[-1] or lr.shape[-1] != lr.shape[-2]: raise ValueError(f'lr: expected squares whose side divides {self.side}, got {tuple(lr.shape[-2:])}')
-        return torch.cat([self.one(x[None], c, self.seed + i, lr.shape[-1] * factor) for i, (x, c) in enumerate(zip(lr, captions))])
+        if len(captions) != len(lr):
+            raise ValueError(f'captions: expected one for each of {len(lr)} pictures, got {len(captions)}')
+        if self.side % lr.shape[-1] or lr.shape[-1] != lr.shape[-2]:
+            raise ValueError(f'lr: expected squares whose side divides {self.side}, got {tuple(lr.shape[-2:])}')
+        return torch.cat([self.one(x[None], c, self.seed + i, lr.shape[-1] * factor)
+                          for i, (x, c) in enumerate(zip(lr, captions))])
 
     def one(self, x: Tensor, caption: str, seed: int, size: int) -> Tensor:
         "One picture 1 3 h w, enlarged to `side`, answered, scaled to `size`."
         control = 2 * upscale(x, self.side // x.shape[-1]) - 1                       # 1 3 side side
-        out = self.pipe(**self.prompt([caption]), control_image=control.to(self.pipe.device, self.pipe.transformer.dtype), height=self.side, width=self.side,
-                        num_inference_steps=self.published.steps, guidance_scale=self.published.guidance, controlnet_conditioning_scale=self.strength,
+        out = self.pipe(**self.prompt([caption]),
+                        control_image=control.to(self.pipe.device, self.pipe.transformer.dtype), height=self.side,
+                        width=self.side,
+                        num_inference_steps=self.published.steps, guidance_scale=self.published.guidance,
+                        controlnet_conditioning_scale=self.strength,
                         generator=torch.Generator().manual_seed(seed), output_type='pt').images
-        return torch.nn.functional.interpolate(out.float().cpu(), size=(size, size), mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+        return torch.nn.functional.interpolate(out.float().cpu(), size=(size, size), mode='bicubic', antialias=True,
+                                               align_corners=False).clamp(0, 1)

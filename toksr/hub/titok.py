@@ -60,7 +60,8 @@ class UpBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for b in self.block: x = b(x)                                                # b c h w
-        return x if self.upsample_conv is None else self.upsample_conv(F.interpolate(x, scale_factor=2., mode='nearest'))
+        return x if self.upsample_conv is None else self.upsample_conv(F.interpolate(x, scale_factor=2.,
+                                                                                     mode='nearest'))
 
 class PixelDecoder(nn.Module):
     "MaskGIT-VQGAN's decoder: mixed codes b z h w -> image b 3 16h 16w, not clamped (published parameter names)."
@@ -74,7 +75,8 @@ class PixelDecoder(nn.Module):
         widths = [channels * m for m in mult]
         self.conv_in = nn.Conv2d(z, widths[-1], 3, padding=1)
         self.mid = nn.ModuleList(PixelBlock(widths[-1], widths[-1]) for _ in range(blocks))
-        self.up = nn.ModuleList(UpBlock(widths[min(i + 1, len(mult) - 1)], w, blocks, i == 0) for i, w in enumerate(widths))
+        self.up = nn.ModuleList(UpBlock(widths[min(i + 1, len(mult) - 1)], w, blocks, i == 0)
+                                for i, w in enumerate(widths))
         self.norm_out, self.conv_out = nn.GroupNorm(32, widths[0], eps=1e-6), nn.Conv2d(widths[0], 3, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -88,14 +90,16 @@ class LegacyDecoder(Decoder):
     def __init__(self, c: TokenizerConfig, codes: int = 1024):
         super().__init__(c)
         w = size(c.decoder).width
-        self.ffn, self.conv_out = nn.Sequential(nn.Conv2d(w, 2 * w, 1), nn.Tanh(), nn.Conv2d(2 * w, codes, 1)), nn.Identity()
+        self.ffn, self.conv_out = nn.Sequential(nn.Conv2d(w, 2 * w, 1), nn.Tanh(),
+                                                nn.Conv2d(2 * w, codes, 1)), nn.Identity()
 
     def forward(self, z: Tensor, text: Text | Tensor | None = None) -> Tensor:
         x = self.run(self.mask_token, self.decoder_embed(z), text, slice(1, 1 + self.grid**2))   # b g d
         return self.ffn(x.transpose(1, 2).unflatten(2, (self.grid, self.grid)))                  # b codes h w
 
 class LegacyTiTok(Tokenizer):
-    "TiTok as first released (VQ, two stages): loads those weights with strict=True. The pixel decoder fixes the patch at 2**(resolutions-1)."
+    """TiTok as first released (VQ, two stages): loads those weights with strict=True. The pixel decoder fixes the
+    patch at 2**(resolutions-1)."""
     def __init__(self,
         config: TokenizerConfig,               # is_legacy, vq, without text
         seed: int = 0,                         # of the first weights
@@ -103,13 +107,17 @@ class LegacyTiTok(Tokenizer):
         codes: int = 1024,                     # of the pixel decoder's own codebook
     ):
         c = config
-        if not (c.is_legacy and c.bottleneck == 'vq' and c.text_in == 'none'): raise ValueError(f'LegacyTiTok: expected is_legacy=True, bottleneck=vq, text_in=none, got {c.is_legacy}, {c.bottleneck}, {c.text_in}')
+        if not (c.is_legacy and c.bottleneck == 'vq' and c.text_in == 'none'):
+            raise ValueError(f'LegacyTiTok: expected is_legacy=True, bottleneck=vq, text_in=none, got {c.is_legacy}, '
+                             f'{c.bottleneck}, {c.text_in}')
         super().__init__(c, seed)
         self.decoder, self.quantize = LegacyDecoder(c, codes), UnitVQ(c.codes, c.width)
         if not self.latent_tokens.is_meta: self.initialise(torch.Generator().manual_seed(seed))
         self.pixel_decoder = pixels or PixelDecoder()
         scale = 2**(len(self.pixel_decoder.up) - 1)
-        if c.patch != scale: raise ValueError(f'patch: the pixel decoder enlarges {scale} times, so patches must have {scale} pixels, not {c.patch}')
+        if c.patch != scale:
+            raise ValueError(f'patch: the pixel decoder enlarges {scale} times, so patches must have {scale} pixels, '
+                             f'not {c.patch}')
         self.pixel_quantize = nn.Module()
         self.pixel_quantize.embedding = nn.Embedding(codes, self.pixel_decoder.conv_in.in_channels)
 
@@ -122,7 +130,8 @@ class LegacyTiTok(Tokenizer):
         return self.quantize.lookup(index)
 
     def decode(self, z: Tensor, text: Text | Tensor | None = None) -> Tensor:
-        "Decode tokens b n d to images b 3 h w, not clamped: a mixture of pixel codes for each patch, then the pixel decoder."
+        """Decode tokens b n d to images b 3 h w, not clamped: a mixture of pixel codes for each patch, then the
+        pixel decoder."""
         says = super().decode(z, text)                                                           # b codes h w
         mixed = torch.einsum('bkhw,kd->bdhw', says.softmax(1), self.pixel_quantize.embedding.weight)
         return self.pixel_decoder(mixed).float()                                                 # b 3 h w
@@ -136,16 +145,25 @@ def _tower(state: Mapping[str, Tensor], name: str) -> str | dict:
     return known or dict(width=width, layers=depth, heads=max(1, width // 64))
 
 def config_of(state: Mapping[str, Tensor]) -> TokenizerConfig:
-    "Read a tokenizer's configuration off the shapes of its released weights. `WeightsError` if they are no TiTok or TA-TiTok."
-    lacking = [k for k in ('latent_tokens', 'encoder.patch_embed.weight', 'encoder.conv_out.weight', 'decoder.decoder_embed.weight') if k not in state]
-    if lacking: raise WeightsError(f'weights: no {lacking[0]}; expected a released TiTok or TA-TiTok tokenizer (model.safetensors of the hub)')
+    """Read a tokenizer's configuration off the shapes of its released weights. `WeightsError` if they are no TiTok
+    or TA-TiTok."""
+    lacking = [k for k in ('latent_tokens', 'encoder.patch_embed.weight', 'encoder.conv_out.weight',
+                           'decoder.decoder_embed.weight') if k not in state]
+    if lacking:
+        raise WeightsError(f'weights: no {lacking[0]}; expected a released TiTok or TA-TiTok tokenizer '
+                           f'(model.safetensors of the hub)')
     has = lambda k: k in state
     text = 'both' if has('encoder.text_guidance_proj.weight') else 'decoder' if has('decoder.text_guidance_proj.weight') else 'none'
-    patch, grid = state['encoder.patch_embed.weight'].shape[-1], round((len(state['encoder.positional_embedding']) - 1)**.5)
-    words = dict(text_width=state['decoder.text_guidance_proj.weight'].shape[1], text_length=len(state['decoder.text_guidance_positional_embedding'])) if text != 'none' else {}
-    vq = dict(bottleneck='vq', codes=len(state['quantize.embedding.weight']), revive='closest' if has('quantize.embed_prob') else 'none') if has('quantize.embedding.weight') else {}
-    return TokenizerConfig(image=patch * grid, patch=patch, n_tokens=len(state['latent_tokens']), width=state['decoder.decoder_embed.weight'].shape[1],
-                           encoder=_tower(state, 'encoder'), decoder=_tower(state, 'decoder'), text_in=text, is_legacy=has('pixel_quantize.embedding.weight'), **words, **vq)
+    patch, grid = state['encoder.patch_embed.weight'].shape[-1], round((len(state['encoder.positional_embedding'])
+                                                                        - 1)**.5)
+    words = dict(text_width=state['decoder.text_guidance_proj.weight'].shape[1],
+                 text_length=len(state['decoder.text_guidance_positional_embedding'])) if text != 'none' else {}
+    vq = dict(bottleneck='vq', codes=len(state['quantize.embedding.weight']),
+              revive='closest' if has('quantize.embed_prob') else 'none') if has('quantize.embedding.weight') else {}
+    return TokenizerConfig(image=patch * grid, patch=patch, n_tokens=len(state['latent_tokens']),
+                           width=state['decoder.decoder_embed.weight'].shape[1],
+                           encoder=_tower(state, 'encoder'), decoder=_tower(state, 'decoder'), text_in=text,
+                           is_legacy=has('pixel_quantize.embedding.weight'), **words, **vq)
 
 # %% ../../nbs/hub/01_titok.ipynb #25ca9716
 def pixels_of(state: Mapping[str, Tensor]) -> PixelDecoder:
@@ -159,7 +177,9 @@ def pixels_of(state: Mapping[str, Tensor]) -> PixelDecoder:
 def from_released(state: Mapping[str, Tensor]) -> Tokenizer:
     "Build the tokenizer that released weights belong to and load them strictly; evaluation mode."
     c = config_of(state)
-    with torch.device('meta'): tok = LegacyTiTok(c, pixels=pixels_of(state), codes=len(state['pixel_quantize.embedding.weight'])) if c.is_legacy else Tokenizer(c)
+    with torch.device('meta'):
+        tok = LegacyTiTok(c, pixels=pixels_of(state),
+                          codes=len(state['pixel_quantize.embedding.weight'])) if c.is_legacy else Tokenizer(c)
     tok.load_state_dict(dict(state), strict=True, assign=True)
     return tok.eval()
 
@@ -168,6 +188,7 @@ def load_released(
 ) -> Tokenizer:
     """Load released TiTok or TA-TiTok weights (Apache-2.0; TA-TiTok for research).
 
-    Images are 256 px in [0,1]. TA-TiTok reads 77 CLIP ViT-L/14-336 states (toksr.encoders.text.ClipText). `WeightsError` for anything else."""
+    Images are 256 px in [0,1]. TA-TiTok reads 77 CLIP ViT-L/14-336 states (toksr.encoders.text.ClipText).
+    `WeightsError` for anything else."""
     path = fetch_pretrained(str(source)) if str(source) in PUBLISHED else Path(source)
     return from_released(load_weights(path)[0])

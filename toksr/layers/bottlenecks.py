@@ -127,7 +127,8 @@ class VQ(nn.Module):
             counts = index.flatten().bincount(minlength=self.embedding.num_embeddings)
             p = counts / counts.sum()
             perplexity = (-(p * p.clamp(min=1e-30).log()).sum()).exp()
-        return z, {'vq': codebook + self.commitment * commit, 'commit': commit, 'codebook': codebook, 'perplexity': perplexity}
+        return z, {'vq': codebook + self.commitment * commit, 'commit': commit, 'codebook': codebook,
+                   'perplexity': perplexity}
 
 # %% ../../nbs/layers/02_bottlenecks.ipynb #57595a09
 def signs_to_index(
@@ -197,5 +198,6 @@ class LFQ(nn.Module):
             losses = {'vq': self.commitment * commit, 'commit': commit.detach()}
             if self.training and self.entropy:
                 sure, even = entropies(x.flatten(0, 1), self.groups, self.temperature)
-                losses |= {'vq': losses['vq'] + self.entropy * (sure - even), 'sure': sure.detach(), 'even': even.detach()}
+                losses |= {'vq': losses['vq'] + self.entropy * (sure - even), 'sure': sure.detach(),
+                           'even': even.detach()}
             return x + (codes - x).detach(), losses

@@ -21,16 +21,20 @@ class ConvConfig:
     "Shape of a tower. `ValueError` names what does not fit."
     channels: tuple[int, ...] = (128, 128, 256, 256, 512)   # of each level, from the picture down
     layers: int = 2         # residual blocks of a level (the decoder has one more)
-    attention: str = 'level'  # where there is attention, one of ATTENTIONS: nowhere, in the middle, also in all of the coarsest level
+    # where there is attention, one of ATTENTIONS: nowhere, in the middle, also in all of the coarsest level
+    attention: str = 'level'
     stem: int = 1           # departure [1]: pixels of a side that are laid into channels before anything else
     norm: str = 'group'     # of the decoder, one of NORMS
 
     def __post_init__(self):
         object.__setattr__(self, 'channels', tuple(self.channels))
         if self.norm not in NORMS: raise ValueError(f'norm: expected one of {NORMS}, got {self.norm!r}')
-        if self.attention not in ATTENTIONS: raise ValueError(f'attention: expected one of {ATTENTIONS}, got {self.attention!r}')
-        if not self.channels or any(c % 32 for c in self.channels): raise ValueError(f'channels: expected multiples of 32 (there are 32 groups), got {self.channels}')
-        if self.stem < 1 or self.layers < 1: raise ValueError(f'stem and layers must be at least 1, got {self.stem} and {self.layers}')
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f'attention: expected one of {ATTENTIONS}, got {self.attention!r}')
+        if not self.channels or any(c % 32 for c in self.channels):
+            raise ValueError(f'channels: expected multiples of 32 (there are 32 groups), got {self.channels}')
+        if self.stem < 1 or self.layers < 1:
+            raise ValueError(f'stem and layers must be at least 1, got {self.stem} and {self.layers}')
 
     def blocks(self, kind: str) -> tuple[str, ...]:
         "Names of diffusers' blocks, from the picture down, for kind `DownEncoderBlock2D` or `UpDecoderBlock2D`."
@@ -61,7 +65,8 @@ class ConvEncoder(nn.Module):
     ):
         super().__init__()
         c, self.stem = config, config.stem
-        self.net = Encoder(3 * c.stem**2, out, c.blocks('DownEncoderBlock2D'), c.channels, c.layers, double_z=False, mid_block_add_attention=c.attention != 'none')
+        self.net = Encoder(3 * c.stem**2, out, c.blocks('DownEncoderBlock2D'), c.channels, c.layers, double_z=False,
+                           mid_block_add_attention=c.attention != 'none')
 
     def forward(self, image: Tensor) -> Tensor:
         x = F.pixel_unshuffle(image, self.stem)                                    # b 3s² h/s w/s
@@ -79,7 +84,8 @@ class Style(nn.Module):
 
     def forward(self, h: Tensor, code: Tensor) -> Tensor:
         spread = (code.flatten(2).var(-1, correction=0) + 1e-6).sqrt()             # b code
-        return self.norm(h) * self.gamma(spread)[..., None, None] + self.beta(code.mean((2, 3)))[..., None, None]   # b c h w
+        # b c h w
+        return self.norm(h) * self.gamma(spread)[..., None, None] + self.beta(code.mean((2, 3)))[..., None, None]
 
 # %% ../../nbs/layers/04_convnets.ipynb #4e3aa981
 class ConvDecoder(nn.Module):
@@ -91,11 +97,14 @@ class ConvDecoder(nn.Module):
     ):
         super().__init__()
         c, spatial = config, config.norm == 'spatial'
-        if spatial and width != code: raise ValueError(f"width: norm='spatial' takes map and codes of equally many channels, got {width} and {code}")
+        if spatial and width != code:
+            raise ValueError(f"width: norm='spatial' takes map and codes of equally many channels, got {width} "
+                             f"and {code}")
         self.norm, self.stem = c.norm, c.stem
         self.net = Decoder(width, 3 * c.stem**2, c.blocks('UpDecoderBlock2D')[::-1], c.channels, c.layers,
                            norm_type='spatial' if spatial else 'group', mid_block_add_attention=c.attention != 'none')
-        self.styles = nn.ModuleList(Style(k, code) for k in (c.channels[-1], *c.channels[:0:-1])) if c.norm == 'style' else None
+        self.styles = nn.ModuleList(Style(k, code)
+                                    for k in (c.channels[-1], *c.channels[:0:-1])) if c.norm == 'style' else None
 
     def styled(self, x: Tensor, code: Tensor) -> Tensor:
         "What diffusers' decoder does, with a `Style` before each level."

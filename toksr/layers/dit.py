@@ -35,18 +35,22 @@ class DiTConfig:
     mlp_ratio: float = 4.0         # hidden width of the MLP over width
     text_dim: int = 384            # channels of the text encoder; 0 = a model without captions
     cross_attention: bool = True   # attend to the text states in every block; False = pooled text only
-    conditioning: str = 'concat'   # 'concat': [noisy tokens | low-resolution tokens] (TokSR §5.2); 'none': no low-resolution input
+    # 'concat': [noisy tokens | low-resolution tokens] (TokSR §5.2); 'none': no low-resolution input
+    conditioning: str = 'concat'
     positions: str = 'shared'      # 'shared': both rows use the same positions (the paper); 'separate': two tables
     type_embedding: bool = False   # add one of two learned rows that tell noisy from low-resolution tokens (departure)
-    base_dim: int = 0              # channels of a base prediction put beside the noisy tokens (departure: residual diffusion)
-    gate: float = 0.0              # start value of the gates: 0 is adaLN-Zero; 1 lets every block speak from step one (departure)
-    tie_qk: bool = False           # start with equal queries and keys, so that tokens first look at their own position (departure)
+    base_dim: int = 0  # channels of a base prediction put beside the noisy tokens (departure: residual diffusion)
+    gate: float = 0.0  # start value of the gates: 0 is adaLN-Zero; 1 lets every block speak from step one (departure)
+    # start with equal queries and keys, so that tokens first look at their own position (departure)
+    tie_qk: bool = False
     attention: str = 'sdpa'        # 'sdpa' (fused) or 'math' (explicit; trains faster on CPU)
 
     def __post_init__(self):
         if self.width % self.heads: raise ValueError(f'heads={self.heads} must divide width={self.width}')
-        for name, choices in (('conditioning', ('concat', 'none')), ('positions', ('shared', 'separate')), ('attention', ATTENTIONS)):
-            if getattr(self, name) not in choices: raise ValueError(f"{name}={getattr(self, name)!r} is not a choice: use one of {', '.join(choices)}")
+        for name, choices in (('conditioning', ('concat', 'none')), ('positions', ('shared', 'separate')),
+                              ('attention', ATTENTIONS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not a choice: use one of {', '.join(choices)}")
 
     @classmethod
     def named(cls, size: str, **changes) -> 'DiTConfig':
@@ -168,10 +172,14 @@ def init_dit(
             for i in (0, 2): nn.init.normal_(m.mlp[i].weight, std=.02)
         zero = (m.adaLN_modulation[-1],) if isinstance(m, (Block, FinalLayer)) else ()
         zero += (m.linear,) if isinstance(m, FinalLayer) else (m.proj,) if isinstance(m, CrossAttention) else ()
-        for layer in zero: nn.init.zeros_(layer.weight); nn.init.zeros_(layer.bias)
+        for layer in zero:
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
         if isinstance(m, Block):
             for i in (2, 5): m.adaLN_modulation[-1].bias.chunk(6)[i].fill_(gate)
-            if tie_qk: q, k, v = m.attn.qkv.weight.chunk(3); k.copy_(q)
+            if tie_qk:
+                q, k, v = m.attn.qkv.weight.chunk(3)
+                k.copy_(q)
 
 # %% ../../nbs/layers/05_dit.ipynb #cd61a252
 def blank(x: Tensor, drop: Tensor | None) -> Tensor:
@@ -194,7 +202,8 @@ class TokenDiT(nn.Module):
         self.x_embedder = nn.Linear(c.token_dim, c.width)                                        # both rows
         self.base_embedder = nn.Linear(c.base_dim, c.width, bias=False) if c.base_dim else None
         self.pos_embed = nn.Parameter(table[:, :c.n_tokens].detach().clone())                    # 1 n width
-        self.lr_pos_embed = nn.Parameter(table[:, c.n_tokens:].detach().clone()) if pair and c.positions == 'separate' else None
+        self.lr_pos_embed = nn.Parameter(table[:,
+                                               c.n_tokens:].detach().clone()) if pair and c.positions == 'separate' else None
         self.type_embed = nn.Parameter(torch.zeros(2, c.width)) if pair and c.type_embedding else None
         self.t_embedder = TimeEmbedder(c.width)
         self.pooled_embedder = nn.Linear(c.text_dim, c.width) if c.text_dim else None
@@ -208,7 +217,7 @@ class TokenDiT(nn.Module):
         x: Tensor,                          # b n d, noisy tokens
         t: Tensor,                          # b, integer times
         text: Text | None = None,           # captions; required if text_dim > 0
-        lr: Tensor | None = None,           # b n d, tokens of the low-resolution picture; required if conditioning is 'concat'
+        lr: Tensor | None = None,  # b n d, tokens of the low-resolution picture; required if conditioning is 'concat'
         base: Tensor | None = None,         # b n base_dim, base prediction; required if base_dim > 0
         drop_text: Tensor | None = None,    # b bool, whose caption is dropped
         drop_lr: Tensor | None = None,      # b bool, whose low-resolution tokens (and base) are dropped
@@ -223,31 +232,37 @@ class TokenDiT(nn.Module):
     def rows(self, x: Tensor, lr: Tensor | None, base: Tensor | None, drop_lr: Tensor | None) -> Tensor:
         "Embed [noisy tokens | low-resolution tokens], each row with its positions: b 2n width."
         h = self.x_embedder(x) + self.pos_embed                                # b n width
-        if base is not None: h = h + self.base_embedder(blank(base, drop_lr))  # equals concatenating base to x on the channels
+        # equals concatenating base to x on the channels
+        if base is not None: h = h + self.base_embedder(blank(base, drop_lr))
         if lr is None: return h
         k = self.x_embedder(blank(lr, drop_lr)) + (self.pos_embed if self.lr_pos_embed is None else self.lr_pos_embed)
         if self.type_embed is not None: h, k = h + self.type_embed[0], k + self.type_embed[1]
         return torch.cat([h, k], 1)                                            # b 2n width
 
-    def condition(self, t: Tensor, text: Text | None, drop: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        "Give the vector of time and pooled text, the text states and the bias that hides padding: b width, b l width, b 1 1 l."
+    def condition(self, t: Tensor, text: Text | None, drop: Tensor | None) -> tuple[Tensor, Tensor | None,
+                                                                                    Tensor | None]:
+        """Give the vector of time and pooled text, the text states and the bias that hides padding: b width, b l
+        width, b 1 1 l."""
         c = self.t_embedder(t)                                                 # b width
         if text is None: return c, None, None
         text = drop_captions(text, drop)
         c = c + self.pooled_embedder(text.pooled)                              # b width
         if self.states_embedder is None: return c, None, None
         if text.mask is None: return c, self.states_embedder(text.states), None
-        mask = text.mask | ~text.mask.any(-1, keepdim=True)                    # b l; a caption without any token would divide by zero
+        mask = text.mask | ~text.mask.any(-1, keepdim=True)  # b l; a caption without any token would divide by zero
         return c, self.states_embedder(text.states), key_bias(mask)
 
 # %% ../../nbs/layers/05_dit.ipynb #0adcee73
-def check_inputs(config: DiTConfig, x: Tensor, t: Tensor, text: Text | None, lr: Tensor | None, base: Tensor | None) -> None:
+def check_inputs(config: DiTConfig, x: Tensor, t: Tensor, text: Text | None, lr: Tensor | None,
+                 base: Tensor | None) -> None:
     "Raise `ValueError` naming the first input that does not fit the config."
     c, b = config, len(x)
     def expect(name, value, shape, needed, why):
         if needed and value is None: raise ValueError(f'TokenDiT: {name} is missing: the model was built with {why}')
-        if value is not None and not needed: raise ValueError(f'TokenDiT: {name} was given, but the model was built without ({why})')
-        if value is not None and tuple(value.shape) != shape: raise ValueError(f'TokenDiT: {name} must have shape {shape}, got {tuple(value.shape)}')
+        if value is not None and not needed:
+            raise ValueError(f'TokenDiT: {name} was given, but the model was built without ({why})')
+        if value is not None and tuple(value.shape) != shape:
+            raise ValueError(f'TokenDiT: {name} must have shape {shape}, got {tuple(value.shape)}')
     expect('x', x, (b, c.n_tokens, c.token_dim), True, f'n_tokens={c.n_tokens}, token_dim={c.token_dim}')
     expect('t', t, (b,), True, 'one time per picture')
     expect('lr', lr, (b, c.n_tokens, c.token_dim), c.conditioning == 'concat', f'conditioning={c.conditioning!r}')
@@ -267,7 +282,8 @@ def attention_maps(
 ) -> list[Tensor]:
     "Give one attention map per layer, b h q k; rows sum to one."
     layers = [block.attn if kind == 'self' else block.cross for block in model.blocks]
-    if None in layers: raise ValueError('this model has no attention to text states: build it with cross_attention=True')
+    if None in layers:
+        raise ValueError('this model has no attention to text states: build it with cross_attention=True')
     maps = []
     for layer in layers: layer.record = maps
     try: model(x, t, **cond)

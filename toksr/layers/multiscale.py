@@ -29,14 +29,16 @@ def phi_of_scale(
     scales: int, # how many there are
     phis: int, # how many convolutions they share
 ) -> int:
-    "Choose the convolution of a scale: the nearest of evenly spread ticks, at the centres of `phis` parts, or for four of them as published, 1/12 to 11/12."
+    """Choose the convolution of a scale: the nearest of evenly spread ticks, at the centres of `phis` parts, or for
+    four of them as published, 1/12 to 11/12."""
     margin = 1 / 3 / phis if phis == 4 else 1 / 2 / phis
-    ticks = np.linspace(margin, 1 - margin, phis)           # two of ten scales are ties: numpy's rounding decides, as in VAR
+    ticks = np.linspace(margin, 1 - margin, phis)  # two of ten scales are ties: numpy's rounding decides, as in VAR
     return int(np.abs(ticks - (k / (scales - 1) if scales > 1 else 0.)).argmin())
 
 # %% ../../nbs/layers/03_multiscale.ipynb #14e12fe3
 class MultiScaleVQ(nn.Module):
-    "Tokens b d 1 (s s) -> codes of all scales b n d, n = sum of squared scales; one codebook. Losses {'vq', 'commit', 'codebook', 'perplexity'}."
+    """Tokens b d 1 (s s) -> codes of all scales b n d, n = sum of squared scales; one codebook. Losses {'vq',
+    'commit', 'codebook', 'perplexity'}."""
     per_token = 1 # encoder channels for each channel of z
 
     def __init__(self,
@@ -48,8 +50,10 @@ class MultiScaleVQ(nn.Module):
         revive: str = 'none', # see `toksr.layers.bottlenecks.VQ`
     ):
         super().__init__()
-        if list(scales) != sorted(set(scales)) or scales[0] < 1: raise ValueError(f'scales: expected rising sides, got {tuple(scales)}')
-        self.vq, self.scales, self.width, self.commitment = VQ(codes, width, revive=revive), tuple(scales), width, commitment
+        if list(scales) != sorted(set(scales)) or scales[0] < 1:
+            raise ValueError(f'scales: expected rising sides, got {tuple(scales)}')
+        self.vq, self.scales, self.width, self.commitment = VQ(codes, width,
+                                                               revive=revive), tuple(scales), width, commitment
         self.phis = nn.ModuleList(Phi(width) for _ in range(phis))
         self.n_tokens = sum(s * s for s in scales)
 
@@ -85,13 +89,15 @@ class MultiScaleVQ(nn.Module):
     def square(self, tokens: Tensor) -> Tensor:
         "Tokens as a map, float32: b d 1 (s s) -> b d s s. `ValueError` if there are not as many as the last scale has."
         s = self.scales[-1]
-        if tokens.shape[-1] != s * s: raise ValueError(f'tokens: expected {s * s} places for a last scale of {s}, got {tokens.shape[-1]}')
+        if tokens.shape[-1] != s * s:
+            raise ValueError(f'tokens: expected {s * s} places for a last scale of {s}, got {tokens.shape[-1]}')
         return rearrange(tokens.float(), 'b d 1 (h w) -> b d h w', h=s)
 
     def fold(self, z: Tensor, first: int | None = None) -> Tensor:
         "Sum what the scales (or the first few of them) say: codes b n d -> b d s s."
         parts = z.split([s * s for s in self.scales], 1)[:first]
-        return sum(self.enlarge(rearrange(p, 'b (h w) d -> b d h w', h=s), k) for k, (p, s) in enumerate(zip(parts, self.scales)))
+        return sum(self.enlarge(rearrange(p, 'b (h w) d -> b d h w', h=s), k)
+                   for k, (p, s) in enumerate(zip(parts, self.scales)))
 
     def forward(self,
         tokens: Tensor, # b d 1 (s s) from the encoder
@@ -105,7 +111,9 @@ class MultiScaleVQ(nn.Module):
             commit = sum(F.mse_loss(m.detach(), f) for m in maps) / len(maps)
             codebook = sum(F.mse_loss(m, f.detach()) for m in maps) / len(maps)
             z = self.vq.lookup(index)                                                                  # b n d
-            if self.training and self.vq.revive != 'none': self.vq.update(torch.cat(flats), torch.cat([i.flatten() for i in found]), generator)
+            if self.training and self.vq.revive != 'none':
+                self.vq.update(torch.cat(flats), torch.cat([i.flatten() for i in found]), generator)
             p = index.flatten().bincount(minlength=self.vq.embedding.num_embeddings) / index.numel()
             perplexity = torch.special.entr(p).sum().exp()
-        return z, {'vq': codebook + self.commitment * commit, 'commit': commit.detach(), 'codebook': codebook.detach(), 'perplexity': perplexity}
+        return z, {'vq': codebook + self.commitment * commit, 'commit': commit.detach(), 'codebook': codebook.detach(),
+                   'perplexity': perplexity}

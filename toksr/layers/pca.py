@@ -45,7 +45,8 @@ def cosines(
 ) -> Tensor: # (3 h w) by 3*ceil(m/3), orthonormal
     "Return the lowest-frequency cosine waves of each colour channel."
     def waves(s):
-        i = torch.arange(s); b = torch.cos(math.pi * (i[:, None] + .5) * i / s) * (2 / s)**.5
+        i = torch.arange(s)
+        b = torch.cos(math.pi * (i[:, None] + .5) * i / s) * (2 / s)**.5
         b[:, 0] *= .5**.5
         return b                                                                     # s s
     by, bx = waves(h), waves(w)
@@ -74,8 +75,11 @@ def solve_inside(
     n, m = len(images), q.shape[1]
     second, total = torch.zeros(m, m, dtype=torch.float64), torch.zeros(len(center), dtype=torch.float64)
     for x in chunks(images, center):
-        y = x @ q; second += (y.T @ y).double(); total += x.sum(0)
-    off = (total / n).float(); shift = (off @ q).double()
+        y = x @ q
+        second += (y.T @ y).double()
+        total += x.sum(0)
+    off = (total / n).float()
+    shift = (off @ q).double()
     var, v = torch.linalg.eigh(second / n - torch.outer(shift, shift))
     basis = q @ v.flip(1)[:, :k].float()                                             # D k
     peak = basis.gather(0, basis.abs().argmax(0, keepdim=True))                      # sign: largest entry positive
@@ -90,7 +94,9 @@ def fit_pca(
 ) -> PCA:
     "Fit principal components by subspace iteration: two passes over a sample, then two over everything, all float32."
     n, d = len(images), images[0].size
-    if n <= k or d < k: raise ValueError(f'fit_pca: {k} components need more than {k} images of at least {k} numbers, got {n} images of {d}')
+    if n <= k or d < k:
+        raise ValueError(f'fit_pca: {k} components need more than {k} images of at least {k} numbers, got {n} '
+                         f'images of {d}')
     some = torch.randperm(n, generator=torch.Generator().manual_seed(seed))[:sample].sort().values.numpy()
     center = pixels(images[some[:1000]]).mean(0)
     if d <= 2 * (k + extra): return solve_inside(images, center, torch.eye(d), k)
@@ -125,8 +131,11 @@ class LinearPath(nn.Module):
     @torch.no_grad()
     def load(self, pca: PCA, scale: Tensor | None = None) -> 'LinearPath':
         "Start from principal components; token 0 holds the largest. `scale` defaults to one common unit."
-        if pca.basis.shape != self.basis.shape: raise ValueError(f'pca: expected {self.basis.shape[1]} components of {self.basis.shape[0]} pixels, got {pca.basis.shape[1]} of {pca.basis.shape[0]}; fit it on images of side {self.side}')
-        self.basis.copy_(pca.basis); self.mean.copy_(pca.mean)
+        if pca.basis.shape != self.basis.shape:
+            raise ValueError(f'pca: expected {self.basis.shape[1]} components of {self.basis.shape[0]} pixels, got '
+                             f'{pca.basis.shape[1]} of {pca.basis.shape[0]}; fit it on images of side {self.side}')
+        self.basis.copy_(pca.basis)
+        self.mean.copy_(pca.mean)
         self.scale.copy_(component_scale(pca.std) if scale is None else scale)
         return self
 
@@ -144,8 +153,9 @@ class LinearPath(nn.Module):
 
 # %% ../../nbs/layers/06_pca.ipynb #260bfd01
 def cell_waves(side: int, cells: int, waves: int) -> Tensor: # cells waves side
-    "Cosine waves of 0, 1, 2 … half periods in each of `cells` cells, under a window that reaches half a cell into the neighbours."
-    u = (torch.arange(side) + .5) * cells / side - torch.arange(cells)[:, None]                  # cells side, 0..1 inside the cell
+    """Cosine waves of 0, 1, 2 … half periods in each of `cells` cells, under a window that reaches half a cell into
+    the neighbours."""
+    u = (torch.arange(side) + .5) * cells / side - torch.arange(cells)[:, None]  # cells side, 0..1 inside the cell
     window = torch.sin((u / 2 + .25).clamp(0, 1) * math.pi)                                      # cells side
     return torch.stack([window * torch.cos(math.pi * a * u.clamp(-.5, 1.5)) for a in range(waves)], 1)
 
@@ -154,7 +164,7 @@ def wishes(side: int, rows: int, cols: int, d: int) -> Tensor: # D rows*cols*d
     order = sorted(((a * rows)**2 + (b * cols)**2, a, b) for a in range(d) for b in range(d))
     chroma = round(d * 3 / 16)
     kinds = [(k, a, b) for k, m in ((0, d - 2 * chroma), (1, chroma), (2, chroma)) for _, a, b in order[:m]]
-    colour = F.normalize(torch.tensor([[1., 1, 1], [1, 0, -1], [1, -2, 1]]), dim=1)              # brightness, red-blue, green
+    colour = F.normalize(torch.tensor([[1., 1, 1], [1, 0, -1], [1, -2, 1]]), dim=1)  # brightness, red-blue, green
     waves = [cell_waves(side, n, 1 + max(k[i] for k in kinds)) for n, i in ((rows, 1), (cols, 2))]
     g = [torch.einsum('c,y,x->cyx', colour[k], waves[0][i, a], waves[1][j, b]).flatten()
          for i in range(rows) for j in range(cols) for k, a, b in kinds]

@@ -30,7 +30,8 @@ def attend(
     bias: Tensor | None = None, # b 1 1 l, see `key_bias`
     attention: str = 'math', # one of ATTENTIONS
 ) -> Tensor: # b h m e
-    "Mix values by the softmax of scaled query-key products. `math` is faster on CPUs at these lengths; a GPU is always given `sdpa`."
+    """Mix values by the softmax of scaled query-key products. `math` is faster on CPUs at these lengths; a GPU is
+    always given `sdpa`."""
     if attention == 'sdpa' or q.is_cuda:
         return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
     scores = (q * q.shape[-1]**-.5) @ k.transpose(-2, -1)     # b h m l
@@ -74,7 +75,8 @@ class MLP(nn.Module):
     "Two linear layers with an activation between: `c_proj(act(c_fc(x)))`."
     def __init__(self, width: int, hidden: int, activation: str = 'gelu'):
         super().__init__()
-        if activation not in ACTIVATIONS: raise ValueError(f'activation: expected one of {ACTIVATIONS}, got {activation!r}')
+        if activation not in ACTIVATIONS:
+            raise ValueError(f'activation: expected one of {ACTIVATIONS}, got {activation!r}')
         self.c_fc, self.c_proj, self.activation = nn.Linear(width, hidden), nn.Linear(hidden, width), activation
 
     def forward(self, x: Tensor) -> Tensor:
@@ -110,7 +112,8 @@ class ResidualConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor: return x + self.b(F.relu(self.a(x)))
 
 class ConvHead(nn.Module):
-    "Correct a decoded image, b 3 h w -> b 3 h w, with residual convolutions at half resolution; starts as the identity."
+    """Correct a decoded image, b 3 h w -> b 3 h w, with residual convolutions at half resolution; starts as the
+    identity."""
     def __init__(self,
         width: int = 48, # channels inside
         depth: int = 1, # residual pairs of convolutions
@@ -121,7 +124,8 @@ class ConvHead(nn.Module):
         self.into = nn.Conv2d(pixels, width, 3, padding=1)
         self.body = nn.Sequential(*(ResidualConv(width) for _ in range(depth)))
         self.out = nn.Conv2d(width, pixels, 3, padding=1)
-        nn.init.zeros_(self.out.weight); nn.init.zeros_(self.out.bias)
+        nn.init.zeros_(self.out.weight)
+        nn.init.zeros_(self.out.bias)
 
     @torch.no_grad()
     def initialise(self, g: torch.Generator):
@@ -129,7 +133,8 @@ class ConvHead(nn.Module):
         for m in self.modules():
             if isinstance(m, nn.Conv2d) and m is not self.out:
                 bound = m.weight[0].numel()**-.5
-                m.weight.uniform_(-bound, bound, generator=g); m.bias.uniform_(-bound, bound, generator=g)
+                m.weight.uniform_(-bound, bound, generator=g)
+                m.bias.uniform_(-bound, bound, generator=g)
 
     def forward(self, x: Tensor) -> Tensor:
         h = F.pixel_unshuffle(x, self.factor)                    # b 12 h/2 w/2

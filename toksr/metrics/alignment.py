@@ -34,7 +34,8 @@ class ImageTower(nn.Module):
     "Pictures b 3 h w in [0,1], or Lite0's pooled features b 1280, to embeddings b c."
     def __init__(self, hidden: int, embed: int, net: Lite0):
         super().__init__()
-        self._net, self.proj = [net], projection(1280, hidden, embed)       # a list: frozen weights are not part of the state
+        # a list: frozen weights are not part of the state
+        self._net, self.proj = [net], projection(1280, hidden, embed)
 
     def features(self, image: Tensor) -> Tensor:
         "What the frozen network sees, b 1280."
@@ -44,7 +45,7 @@ class ImageTower(nn.Module):
 
 class TextTower(nn.Module):
     "Captions (a `Text`), or their pooled states b 384, to embeddings b c."
-    context_length, vocab_size = 0, 0                                        # open_clip asks; a `Text` is no row of token numbers
+    context_length, vocab_size = 0, 0  # open_clip asks; a `Text` is no row of token numbers
 
     def __init__(self, width: int, hidden: int, embed: int):
         super().__init__()
@@ -59,7 +60,8 @@ def make_aligner(
     net: Lite0 | None = None,   # the frozen eye
 ) -> CustomTextCLIP:
     "open_clip's two-tower model with our frozen towers in it."
-    tiny = CLIPVisionCfg(layers=1, width=64, image_size=32, patch_size=32), CLIPTextCfg(layers=1, width=64, heads=1, vocab_size=2, context_length=2)
+    tiny = CLIPVisionCfg(layers=1, width=64, image_size=32, patch_size=32), CLIPTextCfg(layers=1, width=64, heads=1,
+                                                                                        vocab_size=2, context_length=2)
     model = CustomTextCLIP(embed, *tiny)
     model.visual, model.text = ImageTower(hidden, embed, net or Lite0()), TextTower(text_width, hidden, embed)
     model.shape = dict(embed=embed, hidden=hidden, text_width=text_width)
@@ -87,7 +89,8 @@ class AlignerTask(Task):
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
         "Symmetric cross-entropy over the batch."
-        a, b = ((x[indices] + s * torch.randn(len(indices), x.shape[1], generator=generator)).to(self.device) for x, s in zip((self.seen, self.read), self.spread))
+        a, b = ((x[indices] + s * torch.randn(len(indices), x.shape[1], generator=generator)).to(self.device)
+                for x, s in zip((self.seen, self.read), self.spread))
         a, b = self.model.encode_image(a, normalize=True), self.model.encode_text(b, normalize=True)
         loss = self.criterion(a, b, self.model.logit_scale.exp())
         return loss, {'contrastive': loss.detach()}
@@ -116,7 +119,8 @@ def save_aligner(path: str | Path, model: CustomTextCLIP, **more) -> Path:
 def load_aligner(path: str | Path) -> CustomTextCLIP:
     "Rebuild the judge. `WeightsError` for a file of another kind."
     state, meta = load_weights(path)
-    if meta.get('kind') != 'aligner': raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected an aligner')
+    if meta.get('kind') != 'aligner':
+        raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected an aligner')
     return load_into(make_aligner(**meta['shape']), state, path).eval()
 
 # %% ../../nbs/metrics/03_alignment.ipynb #3642d0a6
@@ -127,8 +131,11 @@ def alignment(
     text: Text,             # their captions
 ) -> Tensor:                # n
     "100 × cosine between each picture and its caption."
-    if len(images) != len(text): raise ValueError(f'alignment: expected one caption per picture, got {len(images)} pictures and {len(text)} captions')
-    cos = [(model.encode_image(images[s].clamp(0, 1), normalize=True) * model.encode_text(text.index(s), normalize=True)).sum(1) for s in batches(len(images))]
+    if len(images) != len(text):
+        raise ValueError(f'alignment: expected one caption per picture, got {len(images)} pictures and {len(text)} '
+                         f'captions')
+    cos = [(model.encode_image(images[s].clamp(0, 1), normalize=True) * model.encode_text(text.index(s),
+            normalize=True)).sum(1) for s in batches(len(images))]
     return 100 * torch.cat(cos)
 
 @torch.no_grad()
@@ -139,7 +146,8 @@ def caption_rank(
 ) -> Tensor:                # n, 0 = first
     "How many of the n captions fit a picture strictly better than its own."
     t = model.encode_text(text, normalize=True)                                                             # n c
-    scores = torch.cat([model.encode_image(images[s].clamp(0, 1), normalize=True) @ t.T for s in batches(len(images))])    # n n
+    # n n
+    scores = torch.cat([model.encode_image(images[s].clamp(0, 1), normalize=True) @ t.T for s in batches(len(images))])
     return (scores > scores.diagonal()[:, None] + 1e-6).sum(1)
 
 # %% ../../nbs/metrics/03_alignment.ipynb #f0aac265
@@ -149,14 +157,17 @@ def ranks(
     names: list[str], # n, what each is called: partners of one name are equally right
 ) -> np.ndarray: # n
     "Places of the partners when all are sorted by cosine, 0 for the first; others at least as near count against it."
-    if a.shape != b.shape or len(a) != len(names): raise ValueError(f'ranks: expected two tables of one shape and as many names, got {tuple(a.shape)}, {tuple(b.shape)} and {len(names)}')
+    if a.shape != b.shape or len(a) != len(names):
+        raise ValueError(f'ranks: expected two tables of one shape and as many names, got {tuple(a.shape)}, '
+                         f'{tuple(b.shape)} and {len(names)}')
     s = F.normalize(a.double(), dim=1) @ F.normalize(b.double(), dim=1).T               # n n
     same = torch.from_numpy(np.array(names)[:, None] == np.array(names)[None])
     best = s.masked_fill(~same, -2).amax(1, keepdim=True)                               # n 1, the nearest right answer
     return ((s >= best) & ~same).sum(1).numpy()
 
 def chance(names: list[str], k: int) -> float:
-    "Recall at k of a random order: the mean over items of the chance that one of its right answers is among the first k."
+    """Recall at k of a random order: the mean over items of the chance that one of its right answers is among the
+    first k."""
     n, total = len(names), 0.
     for m in (names.count(x) for x in names):
         miss = 1.
@@ -170,7 +181,9 @@ def cosines(
     written: Text, # b captions; its mask says which positions count
 ) -> tuple[np.ndarray, np.ndarray]: # b, b
     "Cosine of states, averaged over the words that were written, and of pooled captions."
-    if said.states.shape != written.states.shape: raise ValueError(f'said: expected states {tuple(written.states.shape)}, got {tuple(said.states.shape)}')
+    if said.states.shape != written.states.shape:
+        raise ValueError(f'said: expected states {tuple(written.states.shape)}, got {tuple(said.states.shape)}')
     near = F.cosine_similarity(said.states.float(), written.states.float(), dim=-1)     # b l
     word = torch.ones_like(near) if written.mask is None else written.mask.float()
-    return ((near * word).sum(1) / word.sum(1).clamp(min=1)).numpy(), F.cosine_similarity(said.pooled.float(), written.pooled.float()).numpy()
+    return ((near * word).sum(1) / word.sum(1).clamp(min=1)).numpy(), F.cosine_similarity(said.pooled.float(),
+            written.pooled.float()).numpy()

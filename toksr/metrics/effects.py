@@ -46,11 +46,15 @@ def seed_effect(
     b,                      # the other arm's: same seeds, same pictures, same order
     level: float = .95,     # of confidence
 ) -> SeedEffect:
-    "The mean of `a − b` over seeds and pictures; with one seed the interval counts the pictures only. `ValueError` for unequal shapes or fewer than 2 pictures."
+    """The mean of `a − b` over seeds and pictures; with one seed the interval counts the pictures only.
+    `ValueError` for unequal shapes or fewer than 2 pictures."""
     a, b = (np.asarray(v, np.float64) for v in (a, b))
-    if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2: raise ValueError(f'seed_effect: expected two tables seeds × pictures of one shape, got {a.shape} and {b.shape}')
-    d = a - b; s, n = d.shape
-    if not np.isfinite(d).all(): raise ValueError(f'seed_effect: {(~np.isfinite(d)).sum()} of {d.size} differences are not finite')
+    if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2:
+        raise ValueError(f'seed_effect: expected two tables seeds × pictures of one shape, got {a.shape} and {b.shape}')
+    d = a - b
+    s, n = d.shape
+    if not np.isfinite(d).all():
+        raise ValueError(f'seed_effect: {(~np.isfinite(d)).sum()} of {d.size} differences are not finite')
     by_seed = tuple(float(v) for v in d.mean(1))
     if s == 1:
         i = paired_bootstrap(a[0], b[0], level=level)
@@ -68,12 +72,14 @@ def verdict(effect: Interval, better: str = 'helps', worse: str = 'hurts') -> st
 def wrong_text(split: Split, seed: int = 0) -> Text:
     "For each picture the caption of another; in scenes, one that shares no object with it."
     if split.objects: return states(wrong_captions(split, seed), split.encoder)
-    order = np.random.default_rng(seed).permutation(len(split)); other = np.empty(len(split), int)
+    order = np.random.default_rng(seed).permutation(len(split))
+    other = np.empty(len(split), int)
     other[order] = np.roll(order, 1)
     return split.text.index(other)
 
 def caption_variants(split: Split, seed: int = 0) -> dict[str, Text]:
-    "The same pictures with captions of several kinds. What a scene holds is known; without that (photographs of the world) no part can be left out."
+    """The same pictures with captions of several kinds. What a scene holds is known; without that (photographs of
+    the world) no part can be left out."""
     out = {'complete': split.text}
     if split.objects:
         out['object missing'] = states(partial_captions(split), split.encoder)
@@ -98,7 +104,9 @@ def split_masks(maker: SceneMaker, split: Split) -> list[list[np.ndarray]]:
     "The masks of every scene of a split; `ValueError` if it was made with other stamps or another seed."
     found = [object_masks(maker, i) for i in range(len(split))]
     bad = [i for i, (image, _) in enumerate(found) if not np.array_equal(image, split.images[i])]
-    if bad: raise ValueError(f'{split.name}: {len(bad)} of {len(split)} scenes are not those of this maker (first: {bad[0]}); use the stamps, seed and size of the corpus')
+    if bad:
+        raise ValueError(f'{split.name}: {len(bad)} of {len(split)} scenes are not those of this maker (first: '
+                         f'{bad[0]}); use the stamps, seed and size of the corpus')
     return [masks for _, masks in found]
 
 def region_psnr(target: Tensor, output: Tensor, masks: list[np.ndarray | None]) -> np.ndarray:
@@ -115,14 +123,16 @@ def score(
     **labels,                      # columns that say what the rows belong to
 ) -> pd.DataFrame:
     "A row per picture and method: psnr, ssim (data range 1) and a distance per network."
-    return pd.concat([per_image(target, shrink(o.clamp(0, 1), target.shape[-1]), nets=nets).assign(method=k, **labels) for k, o in outputs.items()], ignore_index=True)
+    return pd.concat([per_image(target, shrink(o.clamp(0, 1), target.shape[-1]), nets=nets).assign(method=k, **labels)
+                      for k, o in outputs.items()], ignore_index=True)
 
 def effects(
     rows: pd.DataFrame,                                   # of `score`, with a column split
     pairs: list[tuple[str, str]],                         # method, against
     metrics: tuple[str, ...] = ('psnr', 'ssim', 'lite0'),
 ) -> pd.DataFrame:
-    "Paired differences method minus against, with 95 % intervals over pictures: split, method, against, metric, effect, lo, hi, n."
+    """Paired differences method minus against, with 95 % intervals over pictures: split, method, against, metric,
+    effect, lo, hi, n."""
     found, by = [], rows.set_index(['split', 'method'])
     for split in rows.split.unique():
         for a, b in pairs:
@@ -136,7 +146,8 @@ def cells(rows: pd.DataFrame, by: list[str], digits: int = 3) -> pd.DataFrame:
     s = summarise(rows, by=by)
     s['text'] = [f'{m:.{digits}f} [{lo:.{digits}f}, {hi:.{digits}f}]' for m, lo, hi in zip(s['mean'], s.lo, s.hi)]
     keys = rows[by].drop_duplicates()
-    return keys.merge(s.pivot(index=by, columns='metric', values='text').reset_index(), on=by).merge(s.groupby(by, as_index=False).n.first(), on=by)
+    return keys.merge(s.pivot(index=by, columns='metric', values='text').reset_index(),
+                      on=by).merge(s.groupby(by, as_index=False).n.first(), on=by)
 
 def coverage_verdict(effect: float, lo: float, hi: float, higher_is_better: bool = True) -> str:
     "What an interval says: better, worse, or that no difference can be shown."

@@ -32,12 +32,14 @@ def views(
         maps = net.stages(x)                                                                 # b c h/s w/s each
         pooled = net.head(maps[-1]).mean((2, 3))                                             # b 1280
         early = {f'stride {s}': m.mean((2, 3)) for s, m in zip(net.strides, maps)}           # b c
-        return dict(pooled=pooled, classes=net.fc(pooled).softmax(1), unscaled=net.pooled(x/255), shrunk=net.pooled(downscale(x, 2))) | early
+        return dict(pooled=pooled, classes=net.fc(pooled).softmax(1), unscaled=net.pooled(x/255),
+                    shrunk=net.pooled(downscale(x, 2))) | early
     parts = [in_float32(seen)(images[i:i+batch].float().clamp(0, 1)) for i in range(0, len(images), batch)]
     return {k: torch.cat([p[k] for p in parts]).cpu().double().numpy() for k in parts[0]}
 
 # %% ../../nbs/metrics/05_forensics.ipynb #780a9bb2
-def _variances(a: np.ndarray, b: np.ndarray) -> float: return frechet(a.mean(0), np.diag(a.var(0, ddof=1)), b.mean(0), np.diag(b.var(0, ddof=1)))
+def _variances(a: np.ndarray, b: np.ndarray) -> float:
+    return frechet(a.mean(0), np.diag(a.var(0, ddof=1)), b.mean(0), np.diag(b.var(0, ddof=1)))
 
 def _fid(a: np.ndarray, b: np.ndarray) -> float: return fid(a, b, rank_deficient=True)
 
@@ -51,7 +53,8 @@ class Way:
 
 WAYS = {
     'right': Way('pooled features of the last layer', 'pooled'),
-    'layer at stride 2': Way('channel means of the first layers (as a feature size of 64 asks of Inception)', 'stride 2'),
+    'layer at stride 2': Way('channel means of the first layers (as a feature size of 64 asks of Inception)',
+                             'stride 2'),
     'layer at stride 4': Way('channel means of early layers', 'stride 4'),
     'layer at stride 8': Way('channel means of layers a third of the way', 'stride 8'),
     'layer at stride 16': Way('channel means of layers two thirds of the way', 'stride 16'),
@@ -79,8 +82,11 @@ def kid_difference(
     blocks: int = 20,    # that are left out, one at a time
     level: float = .95,  # of confidence
 ) -> Interval:
-    "KID of `a` minus KID of `b` with a jackknife interval over pictures. `ValueError` unless all three have one shape and three pictures for each block."
-    if not real.shape == a.shape == b.shape or len(real) < 3*blocks: raise ValueError(f'kid_difference: expected three tables of one shape with at least {3*blocks} rows, got {real.shape}, {a.shape} and {b.shape}')
+    """KID of `a` minus KID of `b` with a jackknife interval over pictures. `ValueError` unless all three have one
+    shape and three pictures for each block."""
+    if not real.shape == a.shape == b.shape or len(real) < 3*blocks:
+        raise ValueError(f'kid_difference: expected three tables of one shape with at least {3*blocks} rows, got '
+                         f'{real.shape}, {a.shape} and {b.shape}')
     gap = lambda keep: kid(real[keep], a[keep])-kid(real[keep], b[keep])
     block = np.arange(len(real)) % blocks
     left = np.array([gap(block != k) for k in range(blocks)])

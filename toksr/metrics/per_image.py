@@ -25,14 +25,19 @@ def in_float32(f: Callable) -> Callable:
     def g(*args, **kwargs):
         up = lambda x: x.float() if isinstance(x, Tensor) and x.is_floating_point() else x
         device = next((x.device.type for x in args if isinstance(x, Tensor)), 'cpu')
-        with torch.no_grad(), torch.autocast(device, enabled=False): return f(*map(up, args), **{k: up(v) for k, v in kwargs.items()})
+        with torch.no_grad(), torch.autocast(device, enabled=False):
+            return f(*map(up, args), **{k: up(v) for k, v in kwargs.items()})
     return g
 
 def _pair(a: Tensor, b: Tensor, uint8: bool = False) -> tuple[Tensor, Tensor]:
-    "Both batches clamped to [0,1], rounded to 8 bits if asked; ValueError unless they are `b c h w` of one shape and finite."
-    if a.ndim != 4 or a.shape != b.shape: raise ValueError(f'expected two batches b c h w of one shape, got {tuple(a.shape)} and {tuple(b.shape)}')
+    """Both batches clamped to [0,1], rounded to 8 bits if asked; ValueError unless they are `b c h w` of one shape
+    and finite."""
+    if a.ndim != 4 or a.shape != b.shape:
+        raise ValueError(f'expected two batches b c h w of one shape, got {tuple(a.shape)} and {tuple(b.shape)}')
     for name, x in (('target', a), ('output', b)):
-        if not x.isfinite().all(): raise ValueError(f'{name}: {(~x.isfinite()).flatten(1).any(1).sum()} of {len(x)} images have values that are not finite')
+        if not x.isfinite().all():
+            raise ValueError(f'{name}: {(~x.isfinite()).flatten(1).any(1).sum()} of {len(x)} images have values that '
+                             f'are not finite')
     a, b = a.clamp(0, 1), b.clamp(0, 1)
     return ((a*255).round()/255, (b*255).round()/255) if uint8 else (a, b)
 
@@ -54,12 +59,13 @@ def ssim(
     output: Tensor,         # b 3 h w, clamped to [0,1]
     uint8: bool = False,    # round both to 8 bits first
 ) -> Tensor:
-    "Structural similarity (Wang 2004: Gaussian window 11, sigma 1.5, K .01 and .03), mean over channels and inner pixels, `b`. ValueError below 11 px."
+    """Structural similarity (Wang 2004: Gaussian window 11, sigma 1.5, K .01 and .03), mean over channels and inner
+    pixels, `b`. ValueError below 11 px."""
     a, b = _pair(target, output, uint8)
     if min(a.shape[-2:]) < 11: raise ValueError(f'ssim: expected images of at least 11 px, got {tuple(a.shape[-2:])}')
     g = torch.exp(-(torch.arange(11, device=a.device)-5.)**2/(2*1.5**2))
     g = g/g.sum()
-    over = lambda m: torch.stack([F.pad(g, (i, m-11-i)) for i in range(m-10)])               # m-10 m: a window at every place
+    over = lambda m: torch.stack([F.pad(g, (i, m-11-i)) for i in range(m-10)])  # m-10 m: a window at every place
     x = torch.stack([a, b, a*a, b*b, a*b])                                                   # 5 b c h w
     ma, mb, aa, bb, ab = over(x.shape[-2]) @ (x @ over(x.shape[-1]).T)                       # b c h-10 w-10 each
     c1, c2 = .01**2, .03**2
@@ -81,9 +87,11 @@ def per_image(
     uint8: bool = False,                        # compare 8-bit images
     batch: int = 64,                            # images at a time
 ) -> pd.DataFrame:
-    "A row per image: image, psnr, ssim, one column per network, lr_psnr. ValueError for unequal shapes or values that are not finite."
+    """A row per image: image, psnr, ssim, one column per network, lr_psnr. ValueError for unequal shapes or values
+    that are not finite."""
     _pair(target, output)
-    if lr is not None and len(lr) != len(target): raise ValueError(f'per_image: {len(target)} targets, but {len(lr)} low-resolution inputs')
+    if lr is not None and len(lr) != len(target):
+        raise ValueError(f'per_image: {len(target)} targets, but {len(lr)} low-resolution inputs')
     columns = dict(psnr=psnr, ssim=ssim) | {net.name: in_float32(net.distance) for net in nets}
     rows = {name: [] for name in columns} | ({} if lr is None else {'lr_psnr': []})
     for i in range(0, len(target), batch):
@@ -100,7 +108,8 @@ def summarise(
     n: int = 2000,                  # bootstrap samples
     seed: int = 0,                  # of the drawing, the same for every group
 ) -> pd.DataFrame:
-    "Mean, interval and number of images of every metric: columns by…, metric, mean, lo, hi, n. ValueError for a missing column."
+    """Mean, interval and number of images of every metric: columns by…, metric, mean, lo, hi, n. ValueError for a
+    missing column."""
     by = [by] if isinstance(by, str) else list(by)
     missing = [c for c in by if c not in df]
     if missing: raise ValueError(f'summarise: no column {missing[0]!r}; there are {", ".join(df)}')

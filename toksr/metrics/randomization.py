@@ -36,7 +36,8 @@ class Replacement:
         return self.mean + self.std * torch.randn(b, n, d, generator=generator)
 
 def replacement(tokenizer: nn.Module, z: Tensor) -> Replacement:
-    "The random tokens that suit a tokenizer, from its latents z m n d of many pictures. `ValueError` for fewer than 2 of them."
+    """The random tokens that suit a tokenizer, from its latents z m n d of many pictures. `ValueError` for fewer
+    than 2 of them."""
     if len(z) < 2: raise ValueError(f'z: the mean and deviation of latents need at least 2 pictures, got {len(z)}')
     lookup = getattr(tokenizer, 'lookup', None) or getattr(getattr(tokenizer, 'quantize', None), 'lookup', None)
     discrete = getattr(tokenizer, 'is_discrete', lookup is not None)
@@ -61,8 +62,10 @@ def progressive(
     draws: int = 5,                    # random replacements of each picture
     seed: int = 0,                     # of order and replacement
 ) -> pd.DataFrame: # image, fraction, lost, mse, mse_sd
-    "Squared error (pictures in [0,1]) when a fraction of the tokens is random: mean and deviation over the draws, a row per picture and fraction."
-    if not all(0 <= f <= 1 for f in fractions): raise ValueError(f'fractions: expected numbers from 0 to 1, got {list(fractions)}')
+    """Squared error (pictures in [0,1]) when a fraction of the tokens is random: mean and deviation over the draws,
+    a row per picture and fraction."""
+    if not all(0 <= f <= 1 for f in fractions):
+        raise ValueError(f'fractions: expected numbers from 0 to 1, got {list(fractions)}')
     z, y, errors = encode_all(tokenizer, images, text), to_float(images), {f: [] for f in fractions}
     source = replacement(tokenizer, z)
     for k in range(draws):
@@ -73,11 +76,14 @@ def progressive(
             zf = torch.where((rank < round(f * z.shape[1]))[..., None], noise, z)          # b n d
             errors[f].append(_errors(tokenizer, zf, text, y))
     stack = {f: torch.stack(e) for f, e in errors.items()}                                 # draws b
-    return pd.concat(pd.DataFrame(dict(image=range(len(y)), fraction=f, lost=round(f * z.shape[1]), mse=e.mean(0).numpy(), mse_sd=e.std(0, correction=0).numpy())) for f, e in stack.items())
+    return pd.concat(pd.DataFrame(dict(image=range(len(y)), fraction=f, lost=round(f * z.shape[1]),
+                                       mse=e.mean(0).numpy(), mse_sd=e.std(0, correction=0).numpy()))
+                                       for f, e in stack.items())
 
 def _errors(tokenizer: nn.Module, z: Tensor, text: Text | None, y: Tensor) -> Tensor:
     "Squared error of each decoded picture, b."
-    return torch.cat([(tokenizer.decode(z[s], None if text is None else text.index(s)).clamp(0, 1) - y[s]).square().mean((1, 2, 3)) for s in batches(len(z), 100)]).double()
+    return torch.cat([(tokenizer.decode(z[s], None if text is None else text.index(s)).clamp(0, 1)
+                       - y[s]).square().mean((1, 2, 3)) for s in batches(len(z), 100)]).double()
 
 # %% ../../nbs/metrics/06_randomization.ipynb #ac2701b0
 def decline(
@@ -85,15 +91,19 @@ def decline(
     n: int = 2000,           # bootstrap samples
     seed: int = 0,           # of the drawing
 ) -> pd.DataFrame:
-    "A row per fraction: mse, decline_pct (against fraction 0) and way (0 at fraction 0, 1 at fraction 1), each with a 95 % interval over pictures."
+    """A row per fraction: mse, decline_pct (against fraction 0) and way (0 at fraction 0, 1 at fraction 1), each
+    with a 95 % interval over pictures."""
     wide = errors.pivot(index='image', columns='fraction', values='mse')
     if not {0., 1.} <= set(wide): raise ValueError(f'errors: expected fractions 0 and 1 among them, got {[*wide]}')
     pick = np.random.default_rng(seed).integers(0, len(wide), (n, len(wide)))
-    means = {f: np.append(wide[f].mean(), wide[f].to_numpy()[pick].mean(1)) for f in wide}     # 1+n: the mean, then its resamples
+    # 1+n: the mean, then its resamples
+    means = {f: np.append(wide[f].mean(), wide[f].to_numpy()[pick].mean(1)) for f in wide}
     rows = []
     for f, m in means.items():
         values = dict(mse=m, decline_pct=100 * (m / means[0.] - 1), way=(m - means[0.]) / (means[1.] - means[0.]))
-        rows.append(dict(fraction=f, n=len(wide)) | {k2: v2 for k, v in values.items() for k2, v2 in zip((k, f'{k}_lo', f'{k}_hi'), (v[0], *np.quantile(v[1:], (.025, .975))))})
+        rows.append(dict(fraction=f, n=len(wide))
+                    | {k2: v2 for k, v in values.items()
+                       for k2, v2 in zip((k, f'{k}_lo', f'{k}_hi'), (v[0], *np.quantile(v[1:], (.025, .975))))})
     return pd.DataFrame(rows)
 
 # %% ../../nbs/metrics/06_randomization.ipynb #02055dc6
@@ -105,7 +115,8 @@ class Effects:
 
 def _area(p: Tensor) -> Tensor:
     "Share of the picture that maps … h w fill: exp(entropy) over the number of pixels."
-    p = p.flatten(-2); p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
+    p = p.flatten(-2)
+    p = p / p.sum(-1, keepdim=True).clamp_min(1e-30)
     return (-(p * p.clamp_min(1e-30).log()).sum(-1)).exp() / p.shape[-1]
 
 def _parts(delta: Tensor, block: int) -> dict[str, Tensor]:
@@ -114,7 +125,8 @@ def _parts(delta: Tensor, block: int) -> dict[str, Tensor]:
     blocks = F.avg_pool2d(delta, block).repeat_interleave(block, 2).repeat_interleave(block, 3)
     grey = delta.mean(1, keepdim=True).expand_as(delta)
     square = lambda x: x.square().sum((1, 2, 3))
-    return dict(all=square(delta), mean=square(mean.expand_as(delta)), layout=square(blocks - mean), detail=square(delta - blocks), grey=square(grey), colour=square(delta - grey))
+    return dict(all=square(delta), mean=square(mean.expand_as(delta)), layout=square(blocks - mean),
+                detail=square(delta - blocks), grey=square(grey), colour=square(delta - grey))
 
 # %% ../../nbs/metrics/06_randomization.ipynb #024e1ea7
 @torch.no_grad()
@@ -127,18 +139,22 @@ def effects(
     block: int = 8,        # side of the blocks that separate layout from detail; divides the picture's side
 ) -> Effects:
     "Replace each token of each picture alone, and describe the change."
-    if images.shape[1] % block: raise ValueError(f'block: {block} does not divide the side {images.shape[1]} of the pictures')
+    if images.shape[1] % block:
+        raise ValueError(f'block: {block} does not divide the side {images.shape[1]} of the pictures')
     z = encode_all(tokenizer, images, text)
     source, n = replacement(tokenizer, z), z.shape[1]
-    decode = lambda z: torch.cat([tokenizer.decode(z[s], None if text is None else text.index(s)).clamp(0, 1) for s in batches(len(z), 100)])
+    decode = lambda z: torch.cat([tokenizer.decode(z[s], None if text is None else text.index(s)).clamp(0, 1)
+                                  for s in batches(len(z), 100)])
     plain, maps, sums, areas = decode(z), torch.zeros(n, *images.shape[1:3]), {}, torch.zeros(n)
     for k in range(draws):
         noise = source.draw(len(z), torch.Generator().manual_seed(seed * 1000 + k))         # b n d
         for j in range(n):
-            zj = z.clone(); zj[:, j] = noise[:, j]
+            zj = z.clone()
+            zj[:, j] = noise[:, j]
             delta = decode(zj) - plain                                                      # b 3 h w
             heat = delta.square().mean(1)                                                   # b h w
-            maps[j] += heat.mean(0) / draws; areas[j] += _area(heat).mean() / draws
+            maps[j] += heat.mean(0) / draws
+            areas[j] += _area(heat).mean() / draws
             for p, v in _parts(delta, block).items(): sums.setdefault(p, torch.zeros(n))[j] += v.sum()
     return Effects(maps.numpy(), _table(maps, sums, areas))
 
@@ -147,5 +163,6 @@ def _table(maps: Tensor, sums: dict[str, Tensor], areas: Tensor) -> pd.DataFrame
     total, weight = sums['all'].clamp_min(1e-30), maps / maps.sum((1, 2), keepdim=True).clamp_min(1e-30)
     at = lambda dim, size: (weight.sum(dim) * (torch.arange(size) + .5) / size).sum(1)
     shares = {p: (sums[p] / total).numpy() for p in ('mean', 'layout', 'detail', 'grey', 'colour')}
-    return pd.DataFrame(dict(token=range(len(maps)), change=maps.mean((1, 2)).numpy(), **shares, area=areas.numpy(), fixed_area=_area(maps).numpy(),
+    return pd.DataFrame(dict(token=range(len(maps)), change=maps.mean((1, 2)).numpy(), **shares, area=areas.numpy(),
+                             fixed_area=_area(maps).numpy(),
                              row=at(2, maps.shape[1]).numpy(), column=at(1, maps.shape[2]).numpy()))

@@ -20,17 +20,21 @@ class Missing(RuntimeError):
 
 def pictures(images: Tensor) -> list[Image.Image]:
     "Float pictures b 3 h w in [0,1] as Pillow images."
-    if images.ndim != 4 or images.shape[1] != 3: raise ValueError(f'images: expected shape (b, 3, h, w), got {tuple(images.shape)}')
+    if images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f'images: expected shape (b, 3, h, w), got {tuple(images.shape)}')
     return [Image.fromarray(as_uint8(x.clamp(0, 1))) for x in images]
 
 def _paired(images: Tensor, captions: Sequence[str]) -> None:
-    if len(images) != len(captions): raise ValueError(f'captions: expected {len(images)}, one per picture, got {len(captions)}')
+    if len(images) != len(captions):
+        raise ValueError(f'captions: expected {len(images)}, one per picture, got {len(captions)}')
 
 def _fetched(what: str, get: Callable, install: str = ''):
     "What `get` gives; `Missing` if a package or file of it is not there"
     try: return get()
     except ImportError as e: raise Missing(f'{what}: needs the package {e.name}: {install}') from e
-    except (OSError, ValueError) as e: raise Missing(f'{what}: its weights could not be loaded ({type(e).__name__}); connect to the network once, or copy them into the hub cache (variable HF_HOME)') from e
+    except (OSError, ValueError) as e:
+        raise Missing(f'{what}: its weights could not be loaded ({type(e).__name__}); connect to the network once, or '
+                      f'copy them into the hub cache (variable HF_HOME)') from e
 
 # %% ../../nbs/metrics/04_rewards.ipynb #769860f9
 class PickScore:
@@ -42,14 +46,17 @@ class PickScore:
         processor=None,         # its processor; None: the published one's (laion/CLIP-ViT-H-14-laion2B-s32B-b79K)
     ):
         from transformers import AutoModel, AutoProcessor
-        self.model = (model if model is not None else _fetched('PickScore', lambda: AutoModel.from_pretrained(self.weights))).eval()
-        self.processor = processor if processor is not None else _fetched('PickScore', lambda: AutoProcessor.from_pretrained('laion/CLIP-ViT-H-14-laion2B-s32B-b79K'))
+        self.model = (model if model is not None
+                      else _fetched('PickScore', lambda: AutoModel.from_pretrained(self.weights))).eval()
+        self.processor = processor if processor is not None else _fetched('PickScore',
+                lambda: AutoProcessor.from_pretrained('laion/CLIP-ViT-H-14-laion2B-s32B-b79K'))
 
     @torch.no_grad()
     def score(self, images: Tensor, captions: Sequence[str]) -> Tensor:
         "One number for each picture b 3 h w and its caption, b."
         _paired(images, captions)
-        x = self.processor(images=pictures(images), text=list(captions), padding=True, truncation=True, max_length=77, return_tensors='pt')
+        x = self.processor(images=pictures(images), text=list(captions), padding=True, truncation=True, max_length=77,
+                           return_tensors='pt')
         out = self.model(**x)
         a, b = (torch.nn.functional.normalize(v, dim=-1) for v in (out.image_embeds, out.text_embeds))
         return self.model.logit_scale.exp() * (a * b).sum(-1)
@@ -65,7 +72,8 @@ class HPSv2:
         tokenizer=None,         # its tokenizer
     ):
         if model is None or preprocess is None or tokenizer is None:
-            raise Missing(f'HPSv2: its weights ({self.weights}, {self.licence}) are a pickle and are not loaded here; convert them to safetensors on a machine you can afford to lose, load them into '
+            raise Missing(f'HPSv2: its weights ({self.weights}, {self.licence}) are a pickle and are not loaded here; '
+                          f'convert them to safetensors on a machine you can afford to lose, load them into '
                           "open_clip.create_model_and_transforms('ViT-H-14') and pass model, preprocess and tokenizer")
         self.model, self.preprocess, self.tokenizer = model.eval(), preprocess, tokenizer
 

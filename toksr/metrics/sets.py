@@ -58,14 +58,17 @@ def fid(
     fake: np.ndarray,               # m d features
     rank_deficient: bool = False,   # allow fewer images than features
 ) -> float:
-    "Fréchet distance of two feature sets. ValueError with fewer images than features: their covariance is singular and the value depends on n more than on the images."
+    """Fréchet distance of two feature sets. ValueError with fewer images than features: their covariance is
+    singular and the value depends on n more than on the images."""
     real, fake = _sets(real, fake)
     (n, d), m = real.shape, len(fake)
     if min(n, m) <= d and not rank_deficient:
-        raise ValueError(f'fid: {min(n, m)} images for {d} features; use more than {d} images, or kid, or rank_deficient=True and compare only at equal n')
+        raise ValueError(f'fid: {min(n, m)} images for {d} features; use more than {d} images, or kid, or '
+                         f'rank_deficient=True and compare only at equal n')
     mu1, mu2 = real.mean(0), fake.mean(0)
-    if max(n, m) > d: return frechet(mu1, np.cov(real, rowvar=False).reshape(d, d), mu2, np.cov(fake, rowvar=False).reshape(d, d))
-    a, b = (real-mu1)/np.sqrt(n-1), (fake-mu2)/np.sqrt(m-1)                                  # covariances are aᵀa and bᵀb
+    if max(n, m) > d:
+        return frechet(mu1, np.cov(real, rowvar=False).reshape(d, d), mu2, np.cov(fake, rowvar=False).reshape(d, d))
+    a, b = (real-mu1)/np.sqrt(n-1), (fake-mu2)/np.sqrt(m-1)  # covariances are aᵀa and bᵀb
     return float(np.square(mu1-mu2).sum()+np.square(a).sum()+np.square(b).sum()-2*np.linalg.norm(a@b.T, 'nuc'))
 
 # %% ../../nbs/metrics/02_sets.ipynb #4eaf8dc2
@@ -74,14 +77,16 @@ def _kernels(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray
     real, fake = _sets(real, fake)
     k = lambda x, y: (x@y.T/x.shape[1]+1)**3
     xx, yy, xy = k(real, real), k(fake, fake), k(real, fake)
-    np.fill_diagonal(xx, 0); np.fill_diagonal(yy, 0)
+    np.fill_diagonal(xx, 0)
+    np.fill_diagonal(yy, 0)
     return xx, yy, xy
 
 def kid(
     real: np.ndarray,   # n d features
     fake: np.ndarray,   # m d features
 ) -> float:
-    "Unbiased squared MMD with the kernel (x·y/d+1)³ (Bińkowski 2018); around 0 for equal distributions, and then negative half of the time."
+    """Unbiased squared MMD with the kernel (x·y/d+1)³ (Bińkowski 2018); around 0 for equal distributions, and then
+    negative half of the time."""
     xx, yy, xy = _kernels(real, fake)
     inner = lambda k: k.sum()/(len(k)*(len(k)-1))
     return float(inner(xx)+inner(yy)-2*xy.mean())
@@ -96,7 +101,8 @@ def kid_interval(
     xx, yy, xy = _kernels(real, fake)
     n, m = xy.shape
     if min(n, m) < 3: raise ValueError(f'kid_interval: expected at least 3 images in each set, got {n} and {m}')
-    without_x = (xx.sum()-2*xx.sum(0))/((n-1)*(n-2))-2*(xy.sum()-xy.sum(1))/((n-1)*m)        # n: each value lacks one real image
+    # n: each value lacks one real image
+    without_x = (xx.sum()-2*xx.sum(0))/((n-1)*(n-2))-2*(xy.sum()-xy.sum(1))/((n-1)*m)
     without_y = (yy.sum()-2*yy.sum(0))/((m-1)*(m-2))-2*(xy.sum()-xy.sum(0))/((m-1)*n)        # m
     half = norm.ppf((1+level)/2)*np.sqrt((n-1)*without_x.var()+(m-1)*without_y.var())
     value = kid(real, fake)
@@ -107,10 +113,12 @@ def set_metrics(
     fake: np.ndarray,   # m d features
     net,                # the network they are from: its names become the metrics' names
 ) -> dict[str, float]:
-    "KID (with its interval) and FID under their full names, and the sizes. With too few images FID is called `fid_…_at_n<n>`: comparable only at the same n."
+    """KID (with its interval) and FID under their full names, and the sizes. With too few images FID is called
+    `fid_…_at_n<n>`: comparable only at the same n."""
     n, d, k = min(len(real), len(fake)), real.shape[1], kid_interval(real, fake)
     name = f'fid_{net.feature_name}' + (f'_at_n{n}' if n <= d else '')
-    values = {f'kid_{net.name}': k.mean, name: fid(real, fake, rank_deficient=True), f'kid_{net.name}_lo': k.lo, f'kid_{net.name}_hi': k.hi}
+    values = {f'kid_{net.name}': k.mean, name: fid(real, fake, rank_deficient=True), f'kid_{net.name}_lo': k.lo,
+              f'kid_{net.name}_hi': k.hi}
     return values | {'n_real': len(real), 'n_fake': len(fake), 'features': d}
 
 # %% ../../nbs/metrics/02_sets.ipynb #0f1d1ad3
@@ -123,22 +131,27 @@ def real_floor(
     rng, n = np.random.default_rng(seed), len(real)//2
     halves = [(lambda p: (real[p[:n]], real[p[n:2*n]]))(rng.permutation(len(real))) for _ in range(splits)]
     kids = [kid(a, b) for a, b in halves]
-    fids = [fid(a, b, rank_deficient=True) for a, b in halves[:3]]                           # nearly constant from split to split
-    return dict(kid=float(np.mean(kids)), kid_hi=float(np.quantile(kids, .975)), fid=float(np.mean(fids)), n=n, rank_deficient=n <= real.shape[1])
+    fids = [fid(a, b, rank_deficient=True) for a, b in halves[:3]]  # nearly constant from split to split
+    return dict(kid=float(np.mean(kids)), kid_hi=float(np.quantile(kids, .975)), fid=float(np.mean(fids)), n=n,
+                rank_deficient=n <= real.shape[1])
 
 # %% ../../nbs/metrics/02_sets.ipynb #8e54f162
 def inception_score(
     logits: Tensor,        # n classes
     level: float = .95,    # of confidence
 ) -> Interval:
-    "Inception score of class scores, with a jackknife interval over pictures. `ValueError` unless they are n classes, n ≥ 2, and finite."
-    if logits.ndim != 2 or len(logits) < 2 or not logits.isfinite().all(): raise ValueError(f'logits: expected finite scores n classes with n of 2 or more, got {tuple(logits.shape)}')
+    """Inception score of class scores, with a jackknife interval over pictures. `ValueError` unless they are n
+    classes, n ≥ 2, and finite."""
+    if logits.ndim != 2 or len(logits) < 2 or not logits.isfinite().all():
+        raise ValueError(f'logits: expected finite scores n classes with n of 2 or more, got {tuple(logits.shape)}')
     p = logits.double().softmax(1)                                                           # n k
     entropy = lambda p: -(p * p.clamp_min(1e-300).log()).sum(-1)
     n, h, total = len(p), entropy(p), p.sum(0)
     score = (entropy(total / n) - h.mean()).exp().item()
-    without = (entropy((total - p) / (n - 1)) - (h.sum() - h) / (n - 1)).exp()               # n: without one picture each
-    half = torch.distributions.Normal(0., 1.).icdf(torch.tensor((1 + level) / 2)).item() * math.sqrt((n - 1) * without.var(correction=0).item())
+    without = (entropy((total - p) / (n - 1)) - (h.sum() - h) / (n - 1)).exp()  # n: without one picture each
+    half = torch.distributions.Normal(0.,
+                                      1.).icdf(torch.tensor((1 + level) / 2)).item() * math.sqrt((n
+                                              - 1) * without.var(correction=0).item())
     return Interval(score, score - half, score + half, n)
 
 class InceptionLogits(Inception):
@@ -154,8 +167,10 @@ def class_scores(net, images: Tensor, batch: int = 64) -> Tensor:
 
 # %% ../../nbs/metrics/02_sets.ipynb #541249f8
 def judges(features: str) -> tuple[nn.Module, nn.Module]:
-    "The network of set metrics (`pooled`, `logits`) and that of picture distances: lite0 for both, or inception and LPIPS-VGG. `ValueError` for another name."
-    if features not in ('lite0', 'inception'): raise ValueError(f'features: expected lite0 or inception, got {features!r}')
+    """The network of set metrics (`pooled`, `logits`) and that of picture distances: lite0 for both, or inception
+    and LPIPS-VGG. `ValueError` for another name."""
+    if features not in ('lite0', 'inception'):
+        raise ValueError(f'features: expected lite0 or inception, got {features!r}')
     if features == 'inception': return InceptionLogits(), LpipsVGG()
     net = Lite0()
     return net, net

@@ -33,7 +33,8 @@ class Ballot:
     originals: list               # one picture per set
     pictures: dict                # mark -> picture
 
-def _mark(secret: str, i: int, method: str) -> str: return hashlib.sha256(f'{secret}/{i}/{method}'.encode()).hexdigest()[:12]
+def _mark(secret: str, i: int, method: str) -> str:
+    return hashlib.sha256(f'{secret}/{i}/{method}'.encode()).hexdigest()[:12]
 
 def make_ballot(
     title: str,                       # shown above the page
@@ -44,9 +45,11 @@ def make_ballot(
     "Collect the sets of a ballot. `ValueError` for fewer than two methods or unequal numbers of pictures."
     if len(made) < 2: raise ValueError(f'made: expected at least two methods to rank, got {len(made)}')
     for m, pics in made.items():
-        if len(pics) != len(originals): raise ValueError(f'made[{m!r}]: expected {len(originals)} pictures, one per original, got {len(pics)}')
+        if len(pics) != len(originals):
+            raise ValueError(f'made[{m!r}]: expected {len(originals)} pictures, one per original, got {len(pics)}')
     places = {_mark(secret, i, m): (i, m) for i in range(len(originals)) for m in made}
-    return Ballot(title, tuple(made), {k: [i, m] for k, (i, m) in sorted(places.items())}, list(originals), {k: made[m][i] for k, (i, m) in places.items()})
+    return Ballot(title, tuple(made), {k: [i, m] for k, (i, m) in sorted(places.items())}, list(originals),
+                  {k: made[m][i] for k, (i, m) in places.items()})
 
 # %% ../../nbs/pipeline/10_ballot.ipynb #7c7a14fa
 _PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
@@ -108,17 +111,21 @@ def _src(picture) -> str:
 
 def ballot_id(ballot: Ballot) -> str:
     "A hash of all marks and pictures: votes of another ballot are refused."
-    return hashlib.sha256('/'.join([*ballot.key, *(_src(ballot.pictures[k]) for k in ballot.key)]).encode()).hexdigest()[:16]
+    return hashlib.sha256('/'.join([*ballot.key,
+                                    *(_src(ballot.pictures[k]) for k in ballot.key)]).encode()).hexdigest()[:16]
 
 def page_text(ballot: Ballot) -> str:
     "The page, as HTML that loads nothing from elsewhere and names no method."
-    sets = [dict(id=f's{i}', original=_src(o), pictures=[dict(mark=k, src=_src(ballot.pictures[k])) for k, (j, _) in ballot.key.items() if j == i]) for i, o in enumerate(ballot.originals)]
+    sets = [dict(id=f's{i}', original=_src(o),
+                 pictures=[dict(mark=k, src=_src(ballot.pictures[k])) for k, (j, _) in ballot.key.items() if j == i])
+                 for i, o in enumerate(ballot.originals)]
     data = json.dumps(dict(ballot=ballot_id(ballot), sets=sets)).replace('<', '\\u003c')
     return _PAGE.replace('@TITLE@', html.escape(ballot.title)).replace('@DATA@', data)
 
 def write_ballot(ballot: Ballot, page: str | Path, key: str | Path) -> None:
     "Write the page for the voters, and the key that tells methods from marks."
-    write_json(key, dict(ballot=ballot_id(ballot), methods=list(ballot.methods), sets=len(ballot.originals), key=ballot.key))
+    write_json(key, dict(ballot=ballot_id(ballot), methods=list(ballot.methods), sets=len(ballot.originals),
+                         key=ballot.key))
     write_text(page, page_text(ballot))
 
 # %% ../../nbs/pipeline/10_ballot.ipynb #bb980726
@@ -126,13 +133,21 @@ def read_votes(
     folder: str | Path,    # files votes-*.json that voters saved
     key: str | Path,       # the ballot's key
 ) -> pd.DataFrame:
-    "One row for each voter, set and method, with its points (most like: as many as there are methods). `ValueError` names a file that cannot count."
+    """One row for each voter, set and method, with its points (most like: as many as there are methods).
+    `ValueError` names a file that cannot count."""
     k, rows, seen = json.loads(Path(key).read_text(encoding='utf-8')), [], {}
     for f in sorted(Path(folder).glob('votes-*.json')):
-        try: v = json.loads(f.read_text(encoding='utf-8')); ballot, voter, ranks = v['ballot'], str(v['voter']).strip(), v['ranks']
-        except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{f.name}: expected a file saved by the ballot page, got something else ({type(e).__name__}: {e}); remove it') from None
-        if ballot != k['ballot']: raise ValueError(f'{f.name}: is of ballot {ballot}, this one is {k["ballot"]}; remove it, or bring back the page it was made with')
-        if voter in seen: raise ValueError(f'{f.name}: voter {voter!r} voted in {seen[voter]} already; keep one of the two')
+        try:
+            v = json.loads(f.read_text(encoding='utf-8'))
+            ballot, voter, ranks = v['ballot'], str(v['voter']).strip(), v['ranks']
+        except (ValueError, KeyError, TypeError) as e:
+            raise ValueError(f'{f.name}: expected a file saved by the ballot page, got something else '
+                             f'({type(e).__name__}: {e}); remove it') from None
+        if ballot != k['ballot']:
+            raise ValueError(f'{f.name}: is of ballot {ballot}, this one is {k["ballot"]}; remove it, or bring back '
+                             f'the page it was made with')
+        if voter in seen:
+            raise ValueError(f'{f.name}: voter {voter!r} voted in {seen[voter]} already; keep one of the two')
         seen[voter] = f.name
         rows += _points(f.name, voter, ranks, k)
     return pd.DataFrame(rows, columns=['voter', 'set', 'method', 'points'])
@@ -143,13 +158,15 @@ def _points(name: str, voter: str, ranks: dict, k: dict) -> list[tuple]:
     for i in range(k['sets']):
         marks = ranks.get(f's{i}', [])
         if sorted(marks) != sorted(m for m, (j, _) in k['key'].items() if j == i):
-            raise ValueError(f'{name}: row s{i} ranks {len(marks)} of {n} pictures, or pictures of another row; let the voter complete it')
+            raise ValueError(f'{name}: row s{i} ranks {len(marks)} of {n} pictures, or pictures of another row; let '
+                             f'the voter complete it')
         rows += [(voter, i, k['key'][m][1], n - at) for at, m in enumerate(marks)]
     return rows
 
 # %% ../../nbs/pipeline/10_ballot.ipynb #a0a5b99d
 def score(votes: pd.DataFrame) -> dict[str, Interval]:
-    "Mean points of each method with a 95 % bootstrap interval over voters (over sets if there is one voter); no votes, no scores."
+    """Mean points of each method with a 95 % bootstrap interval over voters (over sets if there is one voter); no
+    votes, no scores."""
     unit = 'voter' if votes.voter.nunique() > 1 else 'set'
     means = votes.groupby(['method', unit]).points.mean()
     return {m: bootstrap(means.loc[m].to_numpy(float)) for m in dict.fromkeys(votes.method)}
@@ -165,4 +182,5 @@ def agreement(votes: pd.DataFrame) -> float | None:
 def preferences(votes: pd.DataFrame) -> pd.DataFrame:
     "For each pair of methods, how often the first got more points than the second."
     wide = votes.pivot(index=['voter', 'set'], columns='method', values='points')
-    return pd.DataFrame([dict(a=a, b=b, share=float((wide[a] > wide[b]).mean()), n=len(wide)) for a, b in combinations(wide.columns, 2)], columns=['a', 'b', 'share', 'n'])
+    return pd.DataFrame([dict(a=a, b=b, share=float((wide[a] > wide[b]).mean()), n=len(wide))
+                         for a, b in combinations(wide.columns, 2)], columns=['a', 'b', 'share', 'n'])

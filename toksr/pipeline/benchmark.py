@@ -89,7 +89,9 @@ def measure(
     for _ in range(warmup): f()
     now, times, end = clock(), [], time.perf_counter() + seconds
     while len(times) < repeats and (len(times) < 5 or time.perf_counter() < end):
-        began = now(); f(); times.append(now() - began)
+        began = now()
+        f()
+        times.append(now() - began)
     lo, mid, hi = np.quantile(times, (.25, .5, .75))
     return Timing(float(mid), float(lo), float(hi), len(times), items)
 

@@ -29,7 +29,8 @@ class Claim:
     statistic: str = ''              # the number that tests it, with its unit
     notebook: str = ''               # the study that measures it
     source: str = ''                 # file below reports/: a csv, or a json of results
-    pick: dict = field(default_factory=dict)   # csv: column -> value of the one line; json: key (with {split}), or list and where
+    # csv: column -> value of the one line; json: key (with {split}), or list and where
+    pick: dict = field(default_factory=dict)
     columns: tuple = ('effect', 'lo', 'hi')    # the number and its interval; one column: 'x [lo, hi]' in a cell
     expect: str = '+'                # sign that the paper's sentence predicts
     minus: float = 0.                # taken from the number: a ratio of 1 says nothing
@@ -39,9 +40,11 @@ class Claim:
     impossible: str = ''             # why no measurement is needed
 
     def __post_init__(self):
-        if self.id[:1] not in PAPERS: raise ValueError(f'{self.id}: expected an id that begins with one of {sorted(PAPERS)}')
+        if self.id[:1] not in PAPERS:
+            raise ValueError(f'{self.id}: expected an id that begins with one of {sorted(PAPERS)}')
         if self.expect not in SIGNS: raise ValueError(f'{self.id}: expect: one of {SIGNS}, got {self.expect!r}')
-        if not self.impossible and not (self.source and self.statistic and self.notebook): raise ValueError(f'{self.id}: source, statistic and notebook are needed, or impossible')
+        if not self.impossible and not (self.source and self.statistic and self.notebook):
+            raise ValueError(f'{self.id}: source, statistic and notebook are needed, or impossible')
 
 def read_claims(path: str | Path) -> list[Claim]:
     "The rows of a ledger. `ValueError` names the file, the row and the field."
@@ -49,7 +52,9 @@ def read_claims(path: str | Path) -> list[Claim]:
     if not isinstance(rows, list): raise ValueError(f'{path}: expected a list of claims')
     found = []
     for i, r in enumerate(rows):
-        if strange := set(r) - known: raise ValueError(f'{path}: claim {r.get("id", i)}: unknown fields {sorted(strange)}; expected some of {sorted(known)}')
+        if strange := set(r) - known:
+            raise ValueError(f'{path}: claim {r.get("id", i)}: unknown fields {sorted(strange)}; expected some of '
+                             f'{sorted(known)}')
         try: found.append(Claim(**{k: tuple(v) if isinstance(v, list) else v for k, v in r.items()}))
         except (TypeError, ValueError) as e: raise ValueError(f'{path}: claim {r.get("id", i)}: {e}') from None
     ids = [c.id for c in found]
@@ -71,7 +76,9 @@ def _line(rows: pd.DataFrame, pick: dict, claim: Claim) -> pd.Series:
     for k, v in pick.items():
         if k not in rows: raise ValueError(f'{claim.id}: {claim.source} has no column {k!r}; it has {[*rows]}')
         rows = rows[rows[k] == v]
-    if len(rows) != 1: raise (ValueError if len(rows) else NotMeasured)(f'{claim.id}: {claim.source} has {len(rows)} lines with {pick}, expected one')
+    if len(rows) != 1:
+        raise (ValueError if len(rows)
+               else NotMeasured)(f'{claim.id}: {claim.source} has {len(rows)} lines with {pick}, expected one')
     return rows.iloc[0]
 
 def measured(
@@ -79,21 +86,27 @@ def measured(
     split: str,                      # of its `splits`
     reports: str | Path = 'reports', # where the results are
 ) -> Measure:
-    "Look the number up. `ValueError` says what is wrong with the claim or missing on disk; `NotMeasured` which line the results lack."
+    """Look the number up. `ValueError` says what is wrong with the claim or missing on disk; `NotMeasured` which
+    line the results lack."""
     path = Path(reports)/claim.source
     if not path.is_file(): raise ValueError(f'{claim.id}: {path} is missing; make it with: dvc repro {claim.notebook}')
-    if path.suffix == '.csv': row = _line(pd.read_csv(path), ({'split': split} if claim.splits != ('',) else {}) | claim.pick, claim)
+    if path.suffix == '.csv':
+        row = _line(pd.read_csv(path), ({'split': split} if claim.splits != ('',) else {}) | claim.pick, claim)
     else:
         found = json.loads(path.read_text(encoding='utf-8'))['metrics']
-        if 'list' in claim.pick: row = _line(pd.DataFrame(found[claim.pick['list']]), {'split': split} | claim.pick['where'], claim)
+        if 'list' in claim.pick:
+            row = _line(pd.DataFrame(found[claim.pick['list']]), {'split': split} | claim.pick['where'], claim)
         else:
             for key in claim.pick['key'] if isinstance(claim.pick['key'], list) else [claim.pick['key']]:
-                if key.format(split=split) not in found: raise NotMeasured(f'{claim.id}: {path} has no {key.format(split=split)!r}')
+                if key.format(split=split) not in found:
+                    raise NotMeasured(f'{claim.id}: {path} has no {key.format(split=split)!r}')
                 found = found[key.format(split=split)]
             row = pd.Series(found)
     if len(claim.columns) == 1: numbers = [float(x) for x in re.findall(r'-?[\d.]+', row[claim.columns[0]])]
     else: numbers = [float(row[k]) for k in claim.columns]
-    if len(numbers) != 3: raise NotMeasured(f'{claim.id}: {claim.source} has {row[claim.columns[0]]!r}, expected a number and its interval')
+    if len(numbers) != 3:
+        raise NotMeasured(f'{claim.id}: {claim.source} has {row[claim.columns[0]]!r}, expected a number and its '
+                          f'interval')
     return Measure(*(x - claim.minus for x in numbers), int(row['n']))
 
 # %% ../../nbs/pipeline/09_claims.ipynb #64946771
@@ -110,7 +123,8 @@ def judge(claim: Claim, m: Measure | None) -> str:
     return VERDICTS[1] if effect > 0 else VERDICTS[2]
 
 def ledger(claims: list[Claim], reports: str | Path = 'reports') -> pd.DataFrame:
-    "A line for each claim; the verdict is that of the first split, and of the others where they differ. A line that the profile does not measure has `MISSING` for one."
+    """A line for each claim; the verdict is that of the first split, and of the others where they differ. A line
+    that the profile does not measure has `MISSING` for one."""
     rows = []
     for c in claims:
         m, said = {}, dict.fromkeys(c.splits, MISSING)
@@ -121,6 +135,8 @@ def ledger(claims: list[Claim], reports: str | Path = 'reports') -> pd.DataFrame
         first = said[c.splits[0]]
         other = [f'{s}: {v}' for s, v in said.items() if v != first]
         show = lambda s: f'{m[s].effect:+.3g} [{m[s].lo:+.3g}, {m[s].hi:+.3g}]' if s in m else ''
-        rows.append(dict(id=c.id, where=c.where, says=c.says, statistic=c.impossible or c.statistic, expected='' if c.impossible else c.expect, val=show(c.splits[0]), novel=show('novel'),
-                         n=m[c.splits[0]].n if m else '', seeds='' if c.impossible else c.seeds, verdict=first + (f' ({", ".join(other)})' if other else ''), notebook=c.notebook))
+        rows.append(dict(id=c.id, where=c.where, says=c.says, statistic=c.impossible or c.statistic,
+                         expected='' if c.impossible else c.expect, val=show(c.splits[0]), novel=show('novel'),
+                         n=m[c.splits[0]].n if m else '', seeds='' if c.impossible else c.seeds,
+                         verdict=first + (f' ({", ".join(other)})' if other else ''), notebook=c.notebook))
     return pd.DataFrame(rows)

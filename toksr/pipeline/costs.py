@@ -60,26 +60,32 @@ def cost(
     **kwargs: Any,
 ) -> Cost:
     "Count a call of a network and its backward pass. `ValueError` for inputs of more than one picture."
-    if any(isinstance(x, Tensor) and x.ndim > 1 and len(x) != 1 for x in inputs): raise ValueError(f'{name}: costs are counted per picture, expected inputs with a batch of 1')
+    if any(isinstance(x, Tensor) and x.ndim > 1 and len(x) != 1 for x in inputs):
+        raise ValueError(f'{name}: costs are counted per picture, expected inputs with a batch of 1')
     flops = train_flops(module, *inputs, **kwargs)
     out = module(*inputs, **kwargs)
     while not isinstance(out, Tensor): out = out[0]
-    return Cost(name, count_parameters(module), flops.forward, flops.backward, saved_bytes(module, *inputs, **kwargs), tuple(out.shape[1:]))
+    return Cost(name, count_parameters(module), flops.forward, flops.backward, saved_bytes(module, *inputs, **kwargs),
+                tuple(out.shape[1:]))
 
 # %% ../../nbs/pipeline/14_costs.ipynb #5d0bd147
 class _Part(nn.Module):
     "A module, or some parts of one, called through a function of our own."
     def __init__(self, parts: Any, call: Callable):
         super().__init__()
-        self.parts = nn.ModuleList([p for p in (parts if isinstance(parts, tuple) else (parts,)) if isinstance(p, nn.Module)])
-        self.more = nn.ParameterList([p for p in (parts if isinstance(parts, tuple) else ()) if isinstance(p, nn.Parameter)])
+        self.parts = nn.ModuleList([p for p in (parts if isinstance(parts, tuple) else (parts,))
+                                    if isinstance(p, nn.Module)])
+        self.more = nn.ParameterList([p for p in (parts if isinstance(parts, tuple) else ())
+                                      if isinstance(p, nn.Parameter)])
         self.call = [call]                                  # a list: not a part
     def forward(self, *args): return self.call[0](*args)
 
 def clip_text() -> nn.Module:
     "CLIP ViT-L/14's text encoder on the meta device."
     from transformers import CLIPTextConfig, CLIPTextModel
-    return _Part(net := CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, attn_implementation='eager')), lambda ids: net(ids).last_hidden_state)
+    return _Part(net := CLIPTextModel(CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12,
+                                                     num_attention_heads=12, attn_implementation='eager')),
+                                                     lambda ids: net(ids).last_hidden_state)
 
 def lpips_vgg() -> nn.Module:
     "LPIPS on VGG16 on the meta device."
@@ -104,19 +110,26 @@ def paper_networks(
     "Count every network that the two trainings run, each on one picture."
     with torch.device('meta'):
         tok, dit = Tokenizer(tokenizer.config(px, width, length)), TokenDiT(dit_config(tokenizer, sr, width))
-        image, states, z = torch.zeros(1, 3, px, px), torch.zeros(1, length, width), torch.zeros(1, tokenizer.n_tokens, tokenizer.width)
+        image, states, z = torch.zeros(1, 3, px, px), torch.zeros(1, length, width), torch.zeros(1, tokenizer.n_tokens,
+                                                                                                 tokenizer.width)
         text, grown = Text(states, torch.zeros(1, width)), torch.zeros(1, 3, px, px, requires_grad=True)
         encode, decode = _Part((tok.encoder, tok.latent_tokens), tok.moments), _Part(tok.decoder, tok.decode)
-        frozen = {k: f().requires_grad_(False) for k, f in dict(clip=clip_text, lpips=lpips_vgg, convnext=convnext_s).items()}
+        frozen = {k: f().requires_grad_(False)
+                  for k, f in dict(clip=clip_text, lpips=lpips_vgg, convnext=convnext_s).items()}
         judge, t, ids = Discriminator(), torch.zeros(1, dtype=torch.long), torch.zeros(1, length, dtype=torch.long)
         half = torch.zeros(1, 3, 224, 224, requires_grad=True)
-    return {c.name: c for c in (cost('tokenizer', encode, image, text), cost('detokenizer', decode, z, text), cost('token DiT', dit, z, t, text, z),
-                                cost('discriminator', judge, grown), cost('LPIPS (VGG16)', frozen['lpips'], grown, image), cost('ConvNeXt-S', frozen['convnext'], half), cost('CLIP text', frozen['clip'], ids))}
+    return {c.name: c for c in (cost('tokenizer', encode, image, text), cost('detokenizer', decode, z, text),
+                                cost('token DiT', dit, z, t, text, z),
+                                cost('discriminator', judge, grown),
+                                cost('LPIPS (VGG16)', frozen['lpips'], grown, image),
+                                cost('ConvNeXt-S', frozen['convnext'], half), cost('CLIP text', frozen['clip'], ids))}
 
 def dit_config(tokenizer: TokenizerRecipe, sr: SRRecipe, width: int) -> DiTConfig:
     "The transformer that `toksr.sr.super_resolver.SuperResolver` would build from these settings."
     d = tokenizer.width
-    return DiTConfig.named(sr.dit, n_tokens=tokenizer.n_tokens, token_dim=d, text_dim=width, type_embedding=sr.type_embedding, gate=sr.gate, tie_qk=sr.tie_qk, base_dim=d if sr.base == 'ridge' else 0)
+    return DiTConfig.named(sr.dit, n_tokens=tokenizer.n_tokens, token_dim=d, text_dim=width,
+                           type_embedding=sr.type_embedding, gate=sr.gate, tie_qk=sr.tie_qk,
+                           base_dim=d if sr.base == 'ridge' else 0)
 
 # %% ../../nbs/pipeline/14_costs.ipynb #6e7bbf24
 @dataclass(frozen=True)
@@ -134,12 +147,14 @@ class Stage:
         return self.flops / (tflops * 1e12 * utilisation) / 3600
 
     def memory(self, batch: int, half: bool = True, optimizer: int = 20) -> float:
-        "GB for a batch: weights, gradients, AdamW's two moments and the running average in float32 (20 bytes a trained number), the rest at 4; activations at half size if `half`."
+        """GB for a batch: weights, gradients, AdamW's two moments and the running average in float32 (20 bytes a
+        trained number), the rest at 4; activations at half size if `half`."""
         return (self.trained * optimizer + self.held * 4 + batch * self.saved / (2 if half else 1)) / 1e9
 
     def fits(self, memory: float, half: bool = True) -> int:
         "Pictures of a batch that fit into so many GB; 0 if none."
-        return max(0, int((memory * 1e9 - self.trained * 20 - self.held * 4) // (self.saved / (2 if half else 1)))) if self.saved else 0
+        return max(0, int((memory * 1e9 - self.trained * 20 - self.held
+                           * 4) // (self.saved / (2 if half else 1)))) if self.saved else 0
 
 # %% ../../nbs/pipeline/14_costs.ipynb #984f1e64
 def adversarial_share(recipe: TokenizerRecipe) -> float:
@@ -155,7 +170,8 @@ def tokenizer_stage(nets: dict[str, Cost], recipe: TokenizerRecipe) -> Stage:
     per = sum(c.total for c in tok) + (seen if recipe.perceptual else 0) + share * played
     n, held = recipe.steps * recipe.batch, sum(c.parameters for c in back)
     trained = sum(c.parameters for c in tok) + (judge.parameters if share else 0)
-    return Stage('train tokenizer', n, n * per, trained, held, sum(c.saved for c in (*tok, *back)) + (judge.saved if share else 0))
+    return Stage('train tokenizer', n, n * per, trained, held,
+                 sum(c.saved for c in (*tok, *back)) + (judge.saved if share else 0))
 
 def sr_stages(
     nets: dict[str, Cost],
@@ -168,12 +184,16 @@ def sr_stages(
     "Pre-tokenisation (sharp and low-resolution), training of the transformer on tokens, and the final sampling."
     enc, dec, dit, clip = (nets[k] for k in ('tokenizer', 'detokenizer', 'token DiT', 'CLIP text'))
     n, calls = recipe.steps * recipe.batch, steps * (2 if guided else 1)
-    return [Stage('pre-tokenise', 2 * pictures, pictures * (2 * enc.forward + clip.forward), 0, enc.parameters + clip.parameters, 0),
+    return [Stage('pre-tokenise', 2 * pictures, pictures * (2 * enc.forward + clip.forward), 0,
+                  enc.parameters + clip.parameters, 0),
             Stage('train token DiT', n, n * dit.total, dit.parameters, 0, dit.saved),
-            Stage('super-resolve', held_out, held_out * (enc.forward + calls * dit.forward + dec.forward), 0, enc.parameters + dec.parameters + dit.parameters, 0)]
+            Stage('super-resolve', held_out, held_out * (enc.forward + calls * dit.forward + dec.forward), 0,
+                  enc.parameters + dec.parameters + dit.parameters, 0)]
 
 # %% ../../nbs/pipeline/14_costs.ipynb #91448047
-DATASETS = {  # name: pictures, GB as the publishers state them (COCO: 18 + 1 GB of pictures and 0.24 of annotations; ILSVRC 2012 training set: 138 GB)
+# name: pictures, GB as the publishers state them (COCO: 18 + 1 GB of pictures and 0.24 of annotations; ILSVRC 2012
+# training set: 138 GB)
+DATASETS = {
     'COCO 2017': (123_287, 19.24),
     'ImageNet-1k, training set': (1_281_167, 138.),
 }
@@ -191,4 +211,5 @@ def disk(
     return {'ImageNet, the pictures used': DATASETS['ImageNet-1k, training set'][1] * imagenet / DATASETS['ImageNet-1k, training set'][0], 'COCO 2017': DATASETS['COCO 2017'][1],
             'caption states, ImageNet': gb(imagenet, *state), 'caption states, COCO': gb(coco, *state),
             'tokens of COCO, sharp and low-resolution': gb(2, coco, tokenizer.n_tokens, tokenizer.width),
-            'checkpoint, tokenizer': model('tokenizer', 'detokenizer', 'discriminator'), 'checkpoint, token DiT': model('token DiT')}
+            'checkpoint, tokenizer': model('tokenizer', 'detokenizer', 'discriminator'),
+            'checkpoint, token DiT': model('token DiT')}

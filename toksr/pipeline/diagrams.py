@@ -48,11 +48,13 @@ def watch(
         calls[name] += 1
         shape = lambda x: tuple(tuple(t.shape[1:]) for t in _tensors(x))
         seen.setdefault(name, (shape([args, kwargs]), shape(out)[0]))
-    hooks = [m.register_forward_hook(lambda m, a, k, o, name=name: note(name, m, a, k, o), with_kwargs=True) for name, m in parts.items()]
+    hooks = [m.register_forward_hook(lambda m, a, k, o, name=name: note(name, m, a, k, o), with_kwargs=True)
+             for name, m in parts.items()]
     try: call()
     finally:
         for h in hooks: h.remove()
-    if silent := [n for n in parts if n not in seen]: raise ValueError(f'{silent[0]}: was not called; watch a part that the call reaches')
+    if silent := [n for n in parts if n not in seen]:
+        raise ValueError(f'{silent[0]}: was not called; watch a part that the call reaches')
     return {n: Seen(*seen[n], sum(p.numel() for p in m.parameters()), calls[n]) for n, m in parts.items()}
 
 def shape(s: tuple) -> str:
@@ -64,20 +66,30 @@ def count(n: int) -> str:
     return f'{n/1e6:.2f} M' if n >= 1e6 else f'{n/1e3:.0f} k' if n >= 1e4 else f'{n}'
 
 # %% ../../nbs/pipeline/15_diagrams.ipynb #254a9d3b
-KINDS = {'data': ('#ffffff', 'data'), 'trained': ('#cfe0f3', 'trained here'), 'frozen': ('#e3e6ea', 'frozen'), 'token': ('#d9edd5', 'learned tokens'), 'rule': ('#f7ead0', 'a rule, nothing to learn')}
+KINDS = {'data': ('#ffffff', 'data'), 'trained': ('#cfe0f3', 'trained here'), 'frozen': ('#e3e6ea', 'frozen'),
+         'token': ('#d9edd5', 'learned tokens'), 'rule': ('#f7ead0', 'a rule, nothing to learn')}
 
 @dataclass
 class _Box:
-    x: float; y: float; w: float; h: float; text: str; kind: str; image: Any = None
+    x: float
+    y: float
+    w: float
+    h: float
+    text: str
+    kind: str
+    image: Any = None
 
     def toward(self, other: '_Box') -> tuple[float, float, float, float]:
         "Where an arrow leaves this box and meets the other: straight across or down if their sides face each other."
-        def span(a0, a1, b0, b1): lo, hi = max(a0, b0), min(a1, b1); return (lo + hi) / 2 if lo < hi else None
+        def span(a0, a1, b0, b1):
+            lo, hi = max(a0, b0), min(a1, b1)
+            return (lo + hi) / 2 if lo < hi else None
         across = abs(self.x - other.x) > (self.w + other.w) / 2
         if across:
             s = 1 if other.x > self.x else -1
             small = min(self, other, key=lambda b: b.h)
-            y = small.y if span(self.y - self.h/2, self.y + self.h/2, other.y - other.h/2, other.y + other.h/2) is not None else None
+            y = small.y if span(self.y - self.h/2, self.y + self.h/2, other.y - other.h/2,
+                                other.y + other.h/2) is not None else None
             return self.x + s*self.w/2, self.y if y is None else y, other.x - s*other.w/2, other.y if y is None else y
         s = 1 if other.y > self.y else -1
         small = min(self, other, key=lambda b: b.w)
@@ -86,7 +98,8 @@ class _Box:
 # %% ../../nbs/pipeline/15_diagrams.ipynb #ec3dce15
 class Sketch:
     "Boxes (placed by hand, in units of a box) and arrows between them."
-    def __init__(self, title: str = ''): self.title, self.boxes, self.arrows, self.frames, self.paths = title, {}, [], [], []
+    def __init__(self, title: str = ''):
+        self.title, self.boxes, self.arrows, self.frames, self.paths = title, {}, [], [], []
 
     def box(self,
         key: str,              # its name for arrows
@@ -130,9 +143,13 @@ class Sketch:
     def figure(self, scale: float = .92) -> Figure:
         "The drawing; `scale` inches a unit."
         b = self.boxes.values()
-        x0, x1, y0, y1 = min(k.x - k.w/2 for k in b) - .25, max(k.x + k.w/2 for k in b) + .25, min(k.y - k.h/2 for k in b) - .75, max(k.y + k.h/2 for k in b) + (.75 if self.title else .4)
-        fig = plt.figure(figsize=((x1 - x0)*scale, (y1 - y0)*scale), layout=PlaceHolderLayoutEngine(True, True))    # places are ours
-        ax = fig.add_axes((0, 0, 1, 1)); ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect='equal'); ax.axis('off')
+        x0, x1, y0, y1 = min(k.x - k.w/2 for k in b) - .25, max(k.x + k.w/2 for k in b) + .25, min(k.y - k.h/2
+                for k in b) - .75, max(k.y + k.h/2 for k in b) + (.75 if self.title else .4)
+        # places are ours
+        fig = plt.figure(figsize=((x1 - x0)*scale, (y1 - y0)*scale), layout=PlaceHolderLayoutEngine(True, True))
+        ax = fig.add_axes((0, 0, 1, 1))
+        ax.set(xlim=(x0, x1), ylim=(y0, y1), aspect='equal')
+        ax.axis('off')
         for keys, text in self.frames: self._frame(ax, [self.boxes[k] for k in keys], text)
         for a in self.arrows: self._arrow(ax, *a)
         for p in self.paths: self._path(ax, *p)
@@ -142,21 +159,25 @@ class Sketch:
         return fig
 
     def _draw(self, ax, b: _Box):
-        style = dict(boxstyle='round,pad=0,rounding_size=.07', fc=KINDS[b.kind][0], ec=INK if b.kind != 'data' else SOFT, lw=.8, zorder=3)
+        style = dict(boxstyle='round,pad=0,rounding_size=.07', fc=KINDS[b.kind][0],
+                     ec=INK if b.kind != 'data' else SOFT, lw=.8, zorder=3)
         if b.image is None:
             ax.add_patch(FancyBboxPatch((b.x - b.w/2, b.y - b.h/2), b.w, b.h, **style))
             ax.text(b.x, b.y, b.text, ha='center', va='center', fontsize=7, zorder=4, linespacing=1.25)
             return
-        ax.imshow(as_uint8(b.image), extent=(b.x - b.h/2, b.x + b.h/2, b.y - b.h/2, b.y + b.h/2), zorder=3, interpolation='nearest', aspect='equal')
+        ax.imshow(as_uint8(b.image), extent=(b.x - b.h/2, b.x + b.h/2, b.y - b.h/2, b.y + b.h/2), zorder=3,
+                  interpolation='nearest', aspect='equal')
         ax.text(b.x, b.y - b.h/2 - .06, b.text, ha='center', va='top', fontsize=7, zorder=4, linespacing=1.25)
 
     def _arrow(self, ax, a: str, b: str, text: str, dashed: bool, bend: float, via: float | None):
         p, q = self.boxes[a], self.boxes[b]
-        style = dict(arrowstyle='-|>', color=INK, lw=.9, shrinkA=1, shrinkB=1, mutation_scale=8, linestyle='--' if dashed else '-')
+        style = dict(arrowstyle='-|>', color=INK, lw=.9, shrinkA=1, shrinkB=1, mutation_scale=8,
+                     linestyle='--' if dashed else '-')
         if via is None:
             x0, y0, x1, y1 = p.toward(q)
             ax.annotate('', (x1, y1), (x0, y0), arrowprops=style | dict(connectionstyle=f'arc3,rad={bend}'), zorder=2)
-            if text: ax.text((x0 + x1)/2, (y0 + y1)/2 + .07, text, ha='center', va='bottom', fontsize=6, color=INK, zorder=5)
+            if text:
+                ax.text((x0 + x1)/2, (y0 + y1)/2 + .07, text, ha='center', va='bottom', fontsize=6, color=INK, zorder=5)
             return
         side = 1 if via > p.y else -1
         end = 1 if via > q.y else -1
@@ -166,20 +187,26 @@ class Sketch:
 
     def _path(self, ax, points: tuple, text: str, dashed: bool):
         ax.plot(*zip(*points[:-1]), color=INK, lw=.9, ls='--' if dashed else '-', zorder=2)
-        ax.annotate('', points[-1], points[-2], arrowprops=dict(arrowstyle='-|>', color=INK, lw=.9, shrinkA=0, shrinkB=1, mutation_scale=8, linestyle='--' if dashed else '-'), zorder=2)
-        if text: ax.text(points[1][0] + .07, points[1][1] - .07, text, ha='left', va='top', fontsize=6, color=INK, zorder=5)
+        ax.annotate('', points[-1], points[-2],
+                    arrowprops=dict(arrowstyle='-|>', color=INK, lw=.9, shrinkA=0, shrinkB=1, mutation_scale=8,
+                                    linestyle='--' if dashed else '-'), zorder=2)
+        if text:
+            ax.text(points[1][0] + .07, points[1][1] - .07, text, ha='left', va='top', fontsize=6, color=INK, zorder=5)
 
     def _frame(self, ax, boxes: list, text: str):
         x0, x1 = min(k.x - k.w/2 for k in boxes) - .16, max(k.x + k.w/2 for k in boxes) + .16
         y0, y1 = min(k.y - k.h/2 for k in boxes) - .16, max(k.y + k.h/2 for k in boxes) + .16
-        ax.add_patch(FancyBboxPatch((x0, y0), x1 - x0, y1 - y0, boxstyle='round,pad=0,rounding_size=.1', fc='none', ec=SOFT, lw=.8, ls=(0, (4, 3)), zorder=1))
+        ax.add_patch(FancyBboxPatch((x0, y0), x1 - x0, y1 - y0, boxstyle='round,pad=0,rounding_size=.1', fc='none',
+                                    ec=SOFT, lw=.8, ls=(0, (4, 3)), zorder=1))
         ax.text(x0 + .06, y1 + .04, text, fontsize=7.5, fontweight='bold', va='bottom', zorder=5)
 
     def _legend(self, ax, x: float, y: float):
         used = [k for k in KINDS if any(b.kind == k and b.image is None for b in self.boxes.values())]
         for k in used:
-            ax.add_patch(FancyBboxPatch((x, y - .07), .22, .14, boxstyle='round,pad=0,rounding_size=.03', fc=KINDS[k][0], ec=INK if k != 'data' else SOFT, lw=.7))
-            ax.text(x + .3, y, KINDS[k][1], va='center', fontsize=6.5); x += .55 + .075 * len(KINDS[k][1])
+            ax.add_patch(FancyBboxPatch((x, y - .07), .22, .14, boxstyle='round,pad=0,rounding_size=.03',
+                                        fc=KINDS[k][0], ec=INK if k != 'data' else SOFT, lw=.7))
+            ax.text(x + .3, y, KINDS[k][1], va='center', fontsize=6.5)
+            x += .55 + .075 * len(KINDS[k][1])
 
 # %% ../../nbs/pipeline/15_diagrams.ipynb #914598da
 def _sequence(total: int, grid: int, latents: int) -> str:
@@ -190,7 +217,8 @@ def _sequence(total: int, grid: int, latents: int) -> str:
 def tokenizer_seen(tok: nn.Module, image: Tensor, text: Text) -> dict[str, Seen]:
     "Watch the parts of a 1D tokenizer while it encodes and decodes."
     e, d = tok.encoder, tok.decoder
-    parts = {'encoder': e, 'encoder block': e.transformer[0], 'bottleneck': tok.quantize, 'decoder': d, 'decoder block': d.transformer[0], 'pixels': d.conv_out}
+    parts = {'encoder': e, 'encoder block': e.transformer[0], 'bottleneck': tok.quantize, 'decoder': d,
+             'decoder block': d.transformer[0], 'pixels': d.conv_out}
     return watch(lambda: tok(image, text), parts | ({'head': tok.head} if tok.head is not None else {}))
 
 def draw_tokenizer(
@@ -204,38 +232,55 @@ def draw_tokenizer(
     grid, side, states = (c.image // c.patch)**2, c.image, shape(tuple(text.states.shape[1:]))
     e, d, b = seen['encoder block'], seen['decoder block'], seen['bottleneck']
     s, layers = Sketch(), lambda t: f'{len(t.transformer)} blocks, width {t.ln_post.weight.numel()}'
-    s.box('image', 0, 2.2, f'image\n{shape(tuple(image.shape[1:]))}'); s.box('patches', 2.1, 2.2, f'{grid} patches\nof {c.patch} × {c.patch} pixels', 'rule')
+    s.box('image', 0, 2.2, f'image\n{shape(tuple(image.shape[1:]))}')
+    s.box('patches', 2.1, 2.2, f'{grid} patches\nof {c.patch} × {c.patch} pixels', 'rule')
     s.box('latents', 2.1, 1.1, f'{tok.n_tokens} latent tokens', 'token')
-    s.box('encoder', 4.4, 1.1, f'Tokenizer\n\n{layers(tok.encoder)}\n{_sequence(e.inputs[0][0], grid, tok.n_tokens)}\n\n{count(seen["encoder"].parameters)}', 'trained', 1.8, 3)
-    s.box('bottleneck', 6.55, 2.2, ('Gaussian bottleneck\nmean and variance\n' if c.bottleneck == 'kl' else f'codebook\n{c.codes} codes\n') + shape((b.inputs[0][2], b.inputs[0][0])), 'rule' if c.bottleneck == 'kl' else 'trained')
-    s.box('z', 8.6, 2.2, f'z\n{shape(b.output)}\n{tok.bits:,.0f} bits'); s.box('mask', 8.6, 1.1, f'{grid} places\n(1 mask token)', 'token')
-    s.box('decoder', 10.8, 1.1, f'Detokenizer\n\n{layers(tok.decoder)}\n{_sequence(d.inputs[0][0], grid, tok.n_tokens)}\n\n{count(seen["decoder"].parameters)}', 'trained', 1.8, 3)
+    s.box('encoder', 4.4, 1.1,
+          f'Tokenizer\n\n{layers(tok.encoder)}\n{_sequence(e.inputs[0][0], grid, tok.n_tokens)}\n\n{count(seen["encoder"].parameters)}', 'trained', 1.8, 3)
+    s.box('bottleneck', 6.55, 2.2,
+          ('Gaussian bottleneck\nmean and variance\n' if c.bottleneck == 'kl' else f'codebook\n{c.codes} codes\n')
+          + shape((b.inputs[0][2], b.inputs[0][0])), 'rule' if c.bottleneck == 'kl' else 'trained')
+    s.box('z', 8.6, 2.2, f'z\n{shape(b.output)}\n{tok.bits:,.0f} bits')
+    s.box('mask', 8.6, 1.1, f'{grid} places\n(1 mask token)', 'token')
+    s.box('decoder', 10.8, 1.1,
+          f'Detokenizer\n\n{layers(tok.decoder)}\n{_sequence(d.inputs[0][0], grid, tok.n_tokens)}\n\n{count(seen["decoder"].parameters)}', 'trained', 1.8, 3)
     s.box('out', 13, 1.1, f'image\n{shape(seen["pixels"].output)}')
-    s.chain('image', 'patches', 'encoder', 'bottleneck', 'z', 'decoder', 'out'); s.arrow('latents', 'encoder'); s.arrow('mask', 'decoder')
+    s.chain('image', 'patches', 'encoder', 'bottleneck', 'z', 'decoder', 'out')
+    s.arrow('latents', 'encoder')
+    s.arrow('mask', 'decoder')
     if c.text_in != 'none': _words(s, c.text_in, states, encoder)
     _extras(s, tok, seen)
     return s
 
 def _words(s: Sketch, text_in: str, states: str, encoder: str):
     "Caption states, to whoever reads them."
-    s.box('caption', 0, 0, f'caption\n{encoder}, frozen', 'frozen'); s.box('states', 2.1, 0, f'text states\n{states}'); s.arrow('caption', 'states')
+    s.box('caption', 0, 0, f'caption\n{encoder}, frozen', 'frozen')
+    s.box('states', 2.1, 0, f'text states\n{states}')
+    s.arrow('caption', 'states')
     if text_in == 'both': s.arrow('states', 'encoder')
-    s.box('again', 8.6, 0, f'text states\n{states}'); s.arrow('states', 'again', 'the same', via=-.75); s.arrow('again', 'decoder')
+    s.box('again', 8.6, 0, f'text states\n{states}')
+    s.arrow('states', 'again', 'the same', via=-.75)
+    s.arrow('again', 'decoder')
 
 def _extras(s: Sketch, tok: nn.Module, seen: dict[str, Seen]):
     "Departures: the linear path beside the transformers, the convolutional head behind them."
     if tok.linear is not None:
-        s.box('pca', 4.4, 3.3, f'{tok.n_tokens * tok.width} principal components (departure)', 'frozen', 2.9, .5); s.box('back', 10.8, 3.3, 'and back (departure)', 'frozen', 2.1, .5)
-        s.path((0, 2.6), (0, 3.3), (2.95, 3.3), dashed=True); s.path((5.85, 3.3), (8.35, 3.3), (8.35, 2.6), text='added', dashed=True)
-        s.path((8.85, 2.6), (8.85, 3.3), (9.75, 3.3), dashed=True); s.path((11.85, 3.3), (13, 3.3), (13, 1.5), text='added', dashed=True)
+        s.box('pca', 4.4, 3.3, f'{tok.n_tokens * tok.width} principal components (departure)', 'frozen', 2.9, .5)
+        s.box('back', 10.8, 3.3, 'and back (departure)', 'frozen', 2.1, .5)
+        s.path((0, 2.6), (0, 3.3), (2.95, 3.3), dashed=True)
+        s.path((5.85, 3.3), (8.35, 3.3), (8.35, 2.6), text='added', dashed=True)
+        s.path((8.85, 2.6), (8.85, 3.3), (9.75, 3.3), dashed=True)
+        s.path((11.85, 3.3), (13, 3.3), (13, 1.5), text='added', dashed=True)
     if tok.head is not None:
-        s.box('head', 13, -.1, f'convolutional head\n(departure) {count(seen["head"].parameters)}', 'trained', 1.7, .7); s.arrow('out', 'head', dashed=True)
+        s.box('head', 13, -.1, f'convolutional head\n(departure) {count(seen["head"].parameters)}', 'trained', 1.7, .7)
+        s.arrow('out', 'head', dashed=True)
 
 # %% ../../nbs/pipeline/15_diagrams.ipynb #aaae81e0
 def sr_seen(sr: nn.Module, lr: Tensor, text: Text, steps: int = 4) -> dict[str, Seen]:
     "Watch the parts of a super-resolver while it answers; `steps` denoising steps."
     dit, tok = sr.dit, sr.tokenizer
-    parts = {'encoder': tok.encoder, 'decoder': tok.decoder, 'dit': dit, 'block': dit.blocks[0], 'cross': dit.blocks[0].cross, 'final': dit.final_layer, 'retouch': sr.retouch}
+    parts = {'encoder': tok.encoder, 'decoder': tok.decoder, 'dit': dit, 'block': dit.blocks[0],
+             'cross': dit.blocks[0].cross, 'final': dit.final_layer, 'retouch': sr.retouch}
     noise = torch.zeros(len(lr), tok.n_tokens, tok.width)
     return watch(lambda: sr.upscale(lr, text, noise, 0, steps=steps), {k: m for k, m in parts.items() if m is not None})
 
@@ -251,17 +296,29 @@ def draw_sr(
     n, side = tok.n_tokens, lr.shape[-1] * k
     b, pair = seen['block'].inputs[0], seen['block'].inputs[0][0]
     s = Sketch()
-    s.box('lr', 0, 1.1, f'low resolution\n{shape(tuple(lr.shape[1:]))}'); s.box('up', 2, 1.1, f'bicubic ×{k}\n3 × {side} × {side}', 'rule')
-    s.box('encoder', 4, 1.1, f'Tokenizer\n{count(seen["encoder"].parameters)}', 'frozen'); s.box('zl', 6.2, 1.1, f'low-resolution tokens\n{n} × {tok.width}')
-    s.box('noise', 6.2, 2.2, f'noisy tokens\n{n} × {tok.width}'); s.box('time', 8.6, -1.1, 'time, and the mean\nof the words: adaLN-Zero', h=.6, w=1.9)
-    s.box('caption', 4, 0, f'caption\n{encoder}, frozen', 'frozen'); s.box('states', 6.2, 0, f'text states\n{shape(tuple(text.states.shape[1:]))}\n' + ('read in every block' if 'cross' in seen else 'mean only'))
+    s.box('lr', 0, 1.1, f'low resolution\n{shape(tuple(lr.shape[1:]))}')
+    s.box('up', 2, 1.1, f'bicubic ×{k}\n3 × {side} × {side}', 'rule')
+    s.box('encoder', 4, 1.1, f'Tokenizer\n{count(seen["encoder"].parameters)}', 'frozen')
+    s.box('zl', 6.2, 1.1, f'low-resolution tokens\n{n} × {tok.width}')
+    s.box('noise', 6.2, 2.2, f'noisy tokens\n{n} × {tok.width}')
+    s.box('time', 8.6, -1.1, 'time, and the mean\nof the words: adaLN-Zero', h=.6, w=1.9)
+    s.box('caption', 4, 0, f'caption\n{encoder}, frozen', 'frozen')
+    s.box('states', 6.2, 0, f'text states\n{shape(tuple(text.states.shape[1:]))}\n'
+          + ('read in every block' if 'cross' in seen else 'mean only'))
     what = {'epsilon': 'noise', 'sample': 'clean tokens', 'v': 'velocity'}[sr.config.prediction]
-    s.box('dit', 8.6, 1.1, f'Token DiT\n\n{len(sr.dit.blocks)} blocks, width {b[1]}\n{pair} tokens:\n{n} noisy, {pair - n} low-resolution\n\n{count(seen["dit"].parameters)}', 'trained', 2, 3)
+    s.box('dit', 8.6, 1.1, f'Token DiT\n\n{len(sr.dit.blocks)} blocks, width {b[1]}\n{pair} tokens:\n{n} noisy, '
+                           f'{pair - n} low-resolution\n\n{count(seen["dit"].parameters)}', 'trained', 2, 3)
     s.box('out', 11, 1.1, f'{what},\nfirst {shape(seen["final"].output)}')
-    s.box('ddim', 11, 2.2, 'DDIM step', 'rule'); s.box('decoder', 13.4, 1.1, f'Detokenizer\n{count(seen["decoder"].parameters)}', 'frozen')
+    s.box('ddim', 11, 2.2, 'DDIM step', 'rule')
+    s.box('decoder', 13.4, 1.1, f'Detokenizer\n{count(seen["decoder"].parameters)}', 'frozen')
     s.box('image', 15.4, 1.1, f'image\n3 × {side} × {side}')
-    s.chain('lr', 'up', 'encoder', 'zl', 'dit', 'out'); s.chain('decoder', 'image'); s.chain('noise', 'dit'); s.chain('caption', 'states', 'dit'); s.arrow('time', 'dit')
-    s.arrow('out', 'ddim'); s.arrow('ddim', 'noise', 'again, as many steps as wanted', via=2.95)
+    s.chain('lr', 'up', 'encoder', 'zl', 'dit', 'out')
+    s.chain('decoder', 'image')
+    s.chain('noise', 'dit')
+    s.chain('caption', 'states', 'dit')
+    s.arrow('time', 'dit')
+    s.arrow('out', 'ddim')
+    s.arrow('ddim', 'noise', 'again, as many steps as wanted', via=2.95)
     if tok.config.text_in != 'none': s.arrow('caption', 'decoder', 'the detokenizer reads it too', via=-1.7)
     _finish(s, sr, seen, consistency)
     return s
@@ -269,13 +326,22 @@ def draw_sr(
 def _finish(s: Sketch, sr: nn.Module, seen: dict[str, Seen], consistency: int):
     "Departures: first guess, retouching net, back-projection."
     if sr.config.base == 'ridge':
-        s.box('base', 8.6, 3.5, 'ridge regression: first guess at the sharp tokens (departure)', 'frozen', 4.2, .45); s.box('plus', 12.2, 1.1, '+', 'rule', .3, .3)
-        s.path((5.08, 1.1), (5.08, 3.5), (6.5, 3.5), dashed=True); s.path((10.7, 3.5), (12.2, 3.5), (12.2, 1.25), dashed=True); s.chain('out', 'plus', 'decoder')
+        s.box('base', 8.6, 3.5, 'ridge regression: first guess at the sharp tokens (departure)', 'frozen', 4.2, .45)
+        s.box('plus', 12.2, 1.1, '+', 'rule', .3, .3)
+        s.path((5.08, 1.1), (5.08, 3.5), (6.5, 3.5), dashed=True)
+        s.path((10.7, 3.5), (12.2, 3.5), (12.2, 1.25), dashed=True)
+        s.chain('out', 'plus', 'decoder')
     else: s.arrow('out', 'decoder')
     last = 'image'
-    for key, is_there, text, kind in (('retouch', 'retouch' in seen, f'retouching net\n(departure) {count(seen["retouch"].parameters) if "retouch" in seen else ""}', 'trained'), ('project', consistency > 0, f'{consistency} × back-projection\n(departure)', 'rule')):
+    for key, is_there, text, kind in (('retouch', 'retouch' in seen,
+                                       f'retouching net\n(departure) '
+                                       f'{count(seen["retouch"].parameters) if "retouch" in seen else ""}', 'trained'),
+                                       ('project', consistency > 0,
+                                        f'{consistency} × back-projection\n(departure)', 'rule')):
         if not is_there: continue
-        s.box(key, 15.4, s.boxes[last].y - 1.1, text, kind, 1.7); s.arrow(last, key, dashed=True); last = key
+        s.box(key, 15.4, s.boxes[last].y - 1.1, text, kind, 1.7)
+        s.arrow(last, key, dashed=True)
+        last = key
 
 # %% ../../nbs/pipeline/15_diagrams.ipynb #e5809e9c
 @torch.no_grad()
@@ -290,24 +356,39 @@ def draw_overview(
     "TokSR Fig. 1: tokenization above, super-resolution below."
     tok = sr.tokenizer
     seen, more = tokenizer_seen(tok, image, text), sr_seen(sr, lr, text)
-    words = caption if len(caption) < 26 else caption[:caption.rfind(' ', 0, len(caption)//2 + 6)] + '\n' + caption[caption.rfind(' ', 0, len(caption)//2 + 6) + 1:]
+    words = caption if len(caption) < 26 else caption[:caption.rfind(' ', 0,
+            len(caption)//2 + 6)] + '\n' + caption[caption.rfind(' ', 0, len(caption)//2 + 6) + 1:]
     s, z, n = Sketch(), f'{tok.n_tokens} × {tok.width}', tok.n_tokens
-    s.box('image', 0, 3, shape(tuple(image.shape[1:])), h=1.2, w=1.2, image=image[0]); s.box('encoder', 2.4, 3, f'Tokenizer\n{count(seen["encoder"].parameters)}', 'trained')
-    s.box('z', 4.5, 3, f'{n} tokens\n{z}\n{tok.bits:,.0f} bits'); s.box('decoder', 6.6, 3, f'Detokenizer\n{count(seen["decoder"].parameters)}', 'trained')
-    s.box('recon', 9, 3, 'reconstruction', h=1.2, w=1.2, image=tok.decode(tok.encode(image, text), text)[0].clamp(0, 1)); s.box('words', 4.5, 1.5, f'“{words}”', w=2.6, h=.62)
-    s.chain('image', 'encoder', 'z', 'decoder', 'recon'); s.path((3.2, 1.5), (2.4, 1.5), (2.4, 2.6)); s.path((5.8, 1.5), (6.6, 1.5), (6.6, 2.6)); s.path((6.6, 1.5), (6.6, 1.5), (6.6, .75))
-    s.box('lr', 0, 0, shape(tuple(lr.shape[1:])), h=1.2, w=1.2, image=lr[0]); s.box('enc2', 2.4, 0, 'bicubic,\nTokenizer', 'frozen'); s.box('zl', 4.5, .3, f'low-resolution tokens\n{z}', h=.6, w=1.7)
-    s.box('noise', 4.5, -.5, f'noisy tokens\n{z}', h=.6, w=1.7); s.box('dit', 6.6, 0, f'Token DiT\n{more["block"].inputs[0][0]} tokens\n{count(more["dit"].parameters)}', 'trained', h=1.5)
-    s.box('dec2', 8.6, 0, 'Detokenizer', 'frozen', 1.2); s.box('sr', 10.6, 0, 'super-resolved', h=1.2, w=1.2, image=answer[0].clamp(0, 1))
-    s.chain('lr', 'enc2', 'zl', 'dit', 'dec2', 'sr'); s.arrow('noise', 'dit')
-    s.frame(['encoder', 'z', 'decoder'], 'tokenization'); s.frame(['enc2', 'zl', 'noise', 'dit', 'dec2'], 'super-resolution')
+    s.box('image', 0, 3, shape(tuple(image.shape[1:])), h=1.2, w=1.2, image=image[0])
+    s.box('encoder', 2.4, 3, f'Tokenizer\n{count(seen["encoder"].parameters)}', 'trained')
+    s.box('z', 4.5, 3, f'{n} tokens\n{z}\n{tok.bits:,.0f} bits')
+    s.box('decoder', 6.6, 3, f'Detokenizer\n{count(seen["decoder"].parameters)}', 'trained')
+    s.box('recon', 9, 3, 'reconstruction', h=1.2, w=1.2, image=tok.decode(tok.encode(image, text), text)[0].clamp(0, 1))
+    s.box('words', 4.5, 1.5, f'“{words}”', w=2.6, h=.62)
+    s.chain('image', 'encoder', 'z', 'decoder', 'recon')
+    s.path((3.2, 1.5), (2.4, 1.5), (2.4, 2.6))
+    s.path((5.8, 1.5), (6.6, 1.5), (6.6, 2.6))
+    s.path((6.6, 1.5), (6.6, 1.5), (6.6, .75))
+    s.box('lr', 0, 0, shape(tuple(lr.shape[1:])), h=1.2, w=1.2, image=lr[0])
+    s.box('enc2', 2.4, 0, 'bicubic,\nTokenizer', 'frozen')
+    s.box('zl', 4.5, .3, f'low-resolution tokens\n{z}', h=.6, w=1.7)
+    s.box('noise', 4.5, -.5, f'noisy tokens\n{z}', h=.6, w=1.7)
+    s.box('dit', 6.6, 0, f'Token DiT\n{more["block"].inputs[0][0]} tokens\n{count(more["dit"].parameters)}',
+          'trained', h=1.5)
+    s.box('dec2', 8.6, 0, 'Detokenizer', 'frozen', 1.2)
+    s.box('sr', 10.6, 0, 'super-resolved', h=1.2, w=1.2, image=answer[0].clamp(0, 1))
+    s.chain('lr', 'enc2', 'zl', 'dit', 'dec2', 'sr')
+    s.arrow('noise', 'dit')
+    s.frame(['encoder', 'z', 'decoder'], 'tokenization')
+    s.frame(['enc2', 'zl', 'noise', 'dit', 'dec2'], 'super-resolution')
     return s
 
 # %% ../../nbs/pipeline/15_diagrams.ipynb #fe678004
 def dual_seen(dual: Any, image: Tensor, steps: int = 4) -> dict[str, Seen]:
     "Watch the parts of a dual tokenizer while it encodes and decodes a picture."
     g, m, d = dual.guide, dual.semantic, dual.diffusion
-    parts = {'guide encoder': g.encoder, 'guide decoder': g.decoder, 'vision': m.vision, 'causal': m.causal, 'reverse': m.reverse, 'dit': d.dit, 'block': d.dit.blocks[0]}
+    parts = {'guide encoder': g.encoder, 'guide decoder': g.decoder, 'vision': m.vision, 'causal': m.causal,
+             'reverse': m.reverse, 'dit': d.dit, 'block': d.dit.blocks[0]}
     return watch(lambda: dual.decode(dual.encode(image), steps=steps, guidance=1.), parts)
 
 @torch.no_grad()
@@ -323,15 +404,29 @@ def draw_dual(
     text, small = m.embeddings(codes.semantic), g.decode_codes(codes.guide)
     part = lambda k, name, kind='trained': (f'{name}\n{shape(seen[k].output)}\n{count(seen[k].parameters)}', kind)
     s.box('image', 0, 1.2, shape(tuple(image.shape[1:])), h=1.3, w=1.3, image=image[0])
-    s.box('genc', 2.7, 3.2, *part('guide encoder', 'Encoder')); s.box('gvq', 4.8, 3.2, f'codebook\n{g.n_codes} codes', 'trained'); s.box('gcodes', 6.9, 3.2, f'{g.n_tokens} tokens\n{g.bits:,.0f} bits')
-    s.box('gdec', 9, 3.2, *part('guide decoder', 'Decoder')); s.box('guide', 11.2, 3.2, f'guide, {g.guide_px} px', h=1., w=1., image=small[0])
-    s.box('vit', 2.7, 1.2, *part('vision', 'image encoder', 'frozen')); s.box('causal', 4.8, 1.2, *part('causal', 'causal Q-Former')); s.box('queries', 4.8, 0, f'{m.n_tokens} queries', 'token', h=.55)
-    s.box('svq', 6.9, 1.2, f'codebook, {m.config.codes} codes\n{m.n_tokens} tokens\n{m.bits:,.0f} bits', 'trained', 1.6); s.box('reverse', 9, 1.2, *part('reverse', 'reverse Q-Former')); s.box('words', 11.2, 1.2, f'embeddings\n{shape(tuple(text.states.shape[1:]))}\nas text states')
+    s.box('genc', 2.7, 3.2, *part('guide encoder', 'Encoder'))
+    s.box('gvq', 4.8, 3.2, f'codebook\n{g.n_codes} codes', 'trained')
+    s.box('gcodes', 6.9, 3.2, f'{g.n_tokens} tokens\n{g.bits:,.0f} bits')
+    s.box('gdec', 9, 3.2, *part('guide decoder', 'Decoder'))
+    s.box('guide', 11.2, 3.2, f'guide, {g.guide_px} px', h=1., w=1., image=small[0])
+    s.box('vit', 2.7, 1.2, *part('vision', 'image encoder', 'frozen'))
+    s.box('causal', 4.8, 1.2, *part('causal', 'causal Q-Former'))
+    s.box('queries', 4.8, 0, f'{m.n_tokens} queries', 'token', h=.55)
+    s.box('svq', 6.9, 1.2, f'codebook, {m.config.codes} codes\n{m.n_tokens} tokens\n{m.bits:,.0f} bits', 'trained', 1.6)
+    s.box('reverse', 9, 1.2, *part('reverse', 'reverse Q-Former'))
+    s.box('words', 11.2, 1.2, f'embeddings\n{shape(tuple(text.states.shape[1:]))}\nas text states')
     n, width = d.latent_shape
-    s.box('latent', 13.4, 3.2, f'bicubic to {d.size} px,\nautoencoder\n{n} × {width}', 'frozen', 1.7); s.box('invert', 13.4, 2.2, 'DDIM inversion,\nempty caption', 'rule', 1.7, .6)
-    s.box('dit', 13.4, 1.2, f'Token DiT, {len(d.dit.blocks)} blocks\n{seen["block"].inputs[0][0]} tokens\n{count(seen["dit"].parameters)}', 'trained', 1.7); s.box('decode', 15.6, 1.2, 'autoencoder,\nback', 'frozen', 1.3)
+    s.box('latent', 13.4, 3.2, f'bicubic to {d.size} px,\nautoencoder\n{n} × {width}', 'frozen', 1.7)
+    s.box('invert', 13.4, 2.2, 'DDIM inversion,\nempty caption', 'rule', 1.7, .6)
+    s.box('dit', 13.4, 1.2, f'Token DiT, {len(d.dit.blocks)} blocks\n{seen["block"].inputs[0][0]} '
+                            f'tokens\n{count(seen["dit"].parameters)}', 'trained', 1.7)
+    s.box('decode', 15.6, 1.2, 'autoencoder,\nback', 'frozen', 1.3)
     s.box('out', 17.5, 1.2, f'{dual.n_tokens} tokens, {dual.bits:,.0f} bits', h=1.3, w=1.3, image=answer[0].clamp(0, 1))
-    s.path((0, 1.85), (0, 3.2), (1.95, 3.2)); s.chain('genc', 'gvq', 'gcodes', 'gdec', 'guide', 'latent', 'invert', 'dit', 'decode', 'out')
-    s.chain('image', 'vit', 'causal', 'svq', 'reverse', 'words', 'dit'); s.arrow('queries', 'causal')
-    s.frame(['genc', 'gvq', 'gcodes', 'gdec'], 'I  low-resolution guide'); s.frame(['vit', 'causal', 'queries', 'svq', 'reverse', 'words'], 'II  meaning'); s.frame(['latent', 'invert', 'dit', 'decode'], 'III  diffusion')
+    s.path((0, 1.85), (0, 3.2), (1.95, 3.2))
+    s.chain('genc', 'gvq', 'gcodes', 'gdec', 'guide', 'latent', 'invert', 'dit', 'decode', 'out')
+    s.chain('image', 'vit', 'causal', 'svq', 'reverse', 'words', 'dit')
+    s.arrow('queries', 'causal')
+    s.frame(['genc', 'gvq', 'gcodes', 'gdec'], 'I  low-resolution guide')
+    s.frame(['vit', 'causal', 'queries', 'svq', 'reverse', 'words'], 'II  meaning')
+    s.frame(['latent', 'invert', 'dit', 'decode'], 'III  diffusion')
     return s

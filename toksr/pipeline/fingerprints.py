@@ -31,7 +31,8 @@ def notebook_tree(path: str | Path) -> ast.Module:
 # %% ../../nbs/pipeline/04_fingerprints.ipynb #0df59f6a
 def _is_docstring(n: ast.AST, body: list) -> bool:
     documented = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
-    return isinstance(n, documented) and body and isinstance(body[0], ast.Expr) and isinstance(getattr(body[0].value, 'value', None), str)
+    return isinstance(n, documented) and body and isinstance(body[0],
+            ast.Expr) and isinstance(getattr(body[0].value, 'value', None), str)
 
 def _imports_package(n: ast.AST) -> bool:
     if isinstance(n, ast.ImportFrom): return bool(n.level) or (n.module or '').split('.')[0] == PACKAGE
@@ -64,8 +65,9 @@ class Module:
     statements: list[ast.stmt] = field(default_factory=list)                        # without imports
     defined: dict[str, list[int]] = field(default_factory=dict)                     # name -> its statements
     effects: list[int] = field(default_factory=list)                                # statements that bind no name
-    imported: dict[str, tuple[str, str]] = field(default_factory=dict)              # name -> module of the package, and what of it ('': the module)
-    outside: dict[str, str] = field(default_factory=dict)                           # name -> the import that brings it from another package
+    # name -> module of the package, and what of it ('': the module)
+    imported: dict[str, tuple[str, str]] = field(default_factory=dict)
+    outside: dict[str, str] = field(default_factory=dict)  # name -> the import that brings it from another package
 
     @cached_property
     def text(self) -> list[str]: return [bare(s) for s in self.statements]
@@ -79,7 +81,8 @@ class Module:
         "Note where the names of an import come from"
         if isinstance(n, ast.Import):
             for a in n.names:
-                if a.name.split('.')[0] != PACKAGE: self.outside[a.asname or a.name.split('.')[0]] = f'import {a.name} as {a.asname}'
+                if a.name.split('.')[0] != PACKAGE:
+                    self.outside[a.asname or a.name.split('.')[0]] = f'import {a.name} as {a.asname}'
                 else: self.imported[a.asname or a.name] = (a.name, '')
             return
         base = '.'.join([*(self.name.split('.')[:-n.level] if n.level else []), *([n.module] if n.module else [])])
@@ -98,7 +101,8 @@ def take_apart(tree: ast.Module, name: str) -> Module:
     for n in ast.walk(tree):
         if isinstance(n, (ast.Import, ast.ImportFrom)): m.add_import(n)
     for s in tree.body:
-        if isinstance(s, (ast.Import, ast.ImportFrom)) or isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant): continue
+        if isinstance(s, (ast.Import, ast.ImportFrom)) or isinstance(s, ast.Expr) and isinstance(s.value, ast.Constant):
+            continue
         names, i = _bound(s), len(m.statements)
         m.statements.append(s)
         for k in names: m.defined.setdefault(k, []).append(i)
@@ -113,10 +117,12 @@ class House:
         for p in sorted((root/PACKAGE).rglob('*.py')):
             parts = p.relative_to(root).with_suffix('').parts
             name = '.'.join(parts[:-1] if p.stem == '__init__' else parts)
-            if p.stem != '_modidx': self.modules[name] = read_module(p.read_text(encoding='utf-8'), name, p.stem == '__init__')
+            if p.stem != '_modidx':
+                self.modules[name] = read_module(p.read_text(encoding='utf-8'), name, p.stem == '__init__')
 
     def find(self, m: Module, name: str) -> tuple[Module, str] | None:
-        "Where a name that module `m` uses is defined: the module, and its name there ('': the whole module). None for a name of another package"
+        """Where a name that module `m` uses is defined: the module, and its name there ('': the whole module). None
+        for a name of another package"""
         if name in m.defined: return m, name
         if name not in m.imported: return None
         base, attr = m.imported[name]
@@ -135,14 +141,16 @@ class House:
         return found
 
     def with_module(self, m: Module) -> list[tuple[Module, int]]:
-        "Statements that come with a module, whatever of it is used: those that bind no name, and modules that it imports as a whole"
+        """Statements that come with a module, whatever of it is used: those that bind no name, and modules that it
+        imports as a whole"""
         whole = [t[0] for k in m.imported if (t := self.find(m, k)) and not t[1]]
         return [(m, j) for j in m.effects] + [(w, j) for w in whole for j in range(len(w.statements))]
 
     def subclasses(self, m: Module, i: int) -> Iterator[tuple[Module, str]]:
         "Classes of the package that derive from the class in statement `i`, if it takes note of them"
         s = m.statements[i]
-        if not isinstance(s, ast.ClassDef) or not any(getattr(f, 'name', '') == '__init_subclass__' for f in s.body): return
+        if not isinstance(s, ast.ClassDef) or not any(getattr(f, 'name', '') == '__init_subclass__' for f in s.body):
+            return
         for other in self.modules.values():
             for j, c in enumerate(other.statements):
                 if isinstance(c, ast.ClassDef) and (m, s.name) in self._ancestors(other, j): yield other, c.name
@@ -161,8 +169,10 @@ class House:
             if (m.name, i) in found: continue
             if m.name not in {name for name, _ in found}: todo += self.with_module(m)
             found[m.name, i] = m
-            targets = [t for k in m.used[i] if (t := self.find(m, k))] + [t for t in self.subclasses(m, i) if t[0].name in around]
-            for other, name in targets: todo += [(other, j) for j in (other.defined[name] if name else range(len(other.statements)))]
+            targets = [t for k in m.used[i] if (t := self.find(m, k))] + [t for t in self.subclasses(m, i)
+                                                                          if t[0].name in around]
+            for other, name in targets:
+                todo += [(other, j) for j in (other.defined[name] if name else range(len(other.statements)))]
         return found
 
 # %% ../../nbs/pipeline/04_fingerprints.ipynb #35789112
@@ -195,7 +205,8 @@ def fingerprint(
 def fingerprints(root: Path) -> dict[str, str]:
     "The fingerprint of every notebook in `nbs/study`, by its name"
     house = House(root)
-    return {nb.stem: fingerprint(nb.relative_to(root), root, house) for nb in sorted((root/'nbs/study').glob('*.ipynb'))}
+    return {nb.stem: fingerprint(nb.relative_to(root), root, house)
+            for nb in sorted((root/'nbs/study').glob('*.ipynb'))}
 
 def write_if_new(path: Path, text: str) -> None:
     "Write a file unless it holds this text already"

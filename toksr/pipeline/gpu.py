@@ -35,14 +35,19 @@ def timed(
     "Seconds a step, pictures a second and peak memory. `FloatingPointError` if a loss is not finite."
     wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
     for _ in range(warm): step()
-    wait(); seconds = []
+    wait()
+    seconds = []
     if device == 'cuda': torch.cuda.reset_peak_memory_stats()
     for _ in range(repeats):
-        start = time.perf_counter(); loss = step(); wait(); seconds.append(time.perf_counter() - start)
+        start = time.perf_counter()
+        loss = step()
+        wait()
+        seconds.append(time.perf_counter() - start)
     if not torch.isfinite(loss): raise FloatingPointError(f'{name}: the loss became {loss.item()}')
     seconds.sort()
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == 'cuda' else 0.
-    return dict(name=name, batch=batch, seconds_median=seconds[repeats // 2], seconds_q1=seconds[repeats // 4], seconds_q3=seconds[3 * repeats // 4], repeats=repeats,
+    return dict(name=name, batch=batch, seconds_median=seconds[repeats // 2], seconds_q1=seconds[repeats // 4],
+                seconds_q3=seconds[3 * repeats // 4], repeats=repeats,
                 images_per_second=batch / seconds[repeats // 2], peak_gib=peak)
 
 # %% ../../nbs/pipeline/13_gpu.ipynb #bfd1f3b6
@@ -75,19 +80,29 @@ def tokenizer_step(
     tok, lpips, convnext = Tokenizer(config).to(device), RandomLpips().to(device), torchvision.models.convnext_small().to(device)
     for net in (lpips, convnext): net.eval().requires_grad_(False)
     judge = Discriminator().to(device) if adversarial else None
-    loss = TokenizerLoss(LossConfig(adv_start=0), partial(lpips_convnext, lpips=lpips, convnext=convnext), judge).to(device)
+    loss = TokenizerLoss(LossConfig(adv_start=0), partial(lpips_convnext, lpips=lpips, convnext=convnext),
+                         judge).to(device)
     opts = [torch.optim.AdamW(m.parameters(), 1e-4, fused=True) for m in (tok, judge) if m is not None]
-    x, text, g = torch.rand(batch, 3, config.image, config.image, device=device), captions(batch, config.text_length, config.text_width, device), torch.Generator().manual_seed(0)
+    x, text, g = torch.rand(batch, 3, config.image, config.image, device=device), captions(batch, config.text_length,
+            config.text_width, device), torch.Generator().manual_seed(0)
     def step() -> Tensor:
-        with torch.autocast(device, torch.bfloat16): recon, _, losses = tok(x, text, g); total, _ = loss(x, recon, losses, 0)
-        opts[0].zero_grad(); total.backward(); nn.utils.clip_grad_norm_(tok.parameters(), 1.); opts[0].step()
+        with torch.autocast(device, torch.bfloat16):
+            recon, _, losses = tok(x, text, g)
+            total, _ = loss(x, recon, losses, 0)
+        opts[0].zero_grad()
+        total.backward()
+        nn.utils.clip_grad_norm_(tok.parameters(), 1.)
+        opts[0].step()
         if judge is None: return total.detach()
         other, _ = loss.discriminator(x, recon)
-        opts[1].zero_grad(); other.backward(); opts[1].step()
+        opts[1].zero_grad()
+        other.backward()
+        opts[1].step()
         return total.detach()
     return step, tok
 
-def dit_step(config: DiTConfig, batch: int, length: int = 77, device: str = 'cuda') -> tuple[Callable[[], Tensor], nn.Module]:
+def dit_step(config: DiTConfig, batch: int, length: int = 77,
+             device: str = 'cuda') -> tuple[Callable[[], Tensor], nn.Module]:
     "A step of the super-resolver's training on tokens made beforehand (TokSR §5.2) in bfloat16, and the transformer."
     torch.manual_seed(0)
     net = TokenDiT(config).to(device)
@@ -97,24 +112,34 @@ def dit_step(config: DiTConfig, batch: int, length: int = 77, device: str = 'cud
     def step() -> Tensor:
         with torch.autocast(device, torch.bfloat16): out = net(x, t, text, lr=lr)
         loss = (out.float() - y).square().mean()
-        opt.zero_grad(); loss.backward(); opt.step()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
         return loss.detach()
     return step, net
 
 # %% ../../nbs/pipeline/13_gpu.ipynb #39735b34
-PLAN = [('TexTok-VAE B/B, 256 px', 32, False), ('TexTok-VAE B/B, 256 px, with discriminator', 32, True), ('TexTok-VAE B/B, 256 px', 128, False), ('TokenDiT-B, 32+32 tokens', 16, None), ('TokenDiT-B, 32+32 tokens', 256, None)]
+PLAN = [('TexTok-VAE B/B, 256 px', 32, False), ('TexTok-VAE B/B, 256 px, with discriminator', 32, True),
+        ('TexTok-VAE B/B, 256 px', 128, False), ('TokenDiT-B, 32+32 tokens', 16, None),
+        ('TokenDiT-B, 32+32 tokens', 256, None)]
 
 def main(argv: list[str] | None = None) -> None:
     "`toksr-gpu OUT`: time the plan on the GPU that is there"
-    p = argparse.ArgumentParser('toksr-gpu', description='Time real optimizer steps at the published sizes on this GPU.')
+    p = argparse.ArgumentParser('toksr-gpu',
+                                description='Time real optimizer steps at the published sizes on this GPU.')
     p.add_argument('out', help='a .json file')
     out = p.parse_args(argv).out
     if not torch.cuda.is_available(): sys.exit('toksr-gpu: no GPU here; expected a CUDA device')
     torch.set_float32_matmul_precision('high')
     rows = []
     for name, batch, adversarial in PLAN:
-        step, net = dit_step(DiTConfig.named('B', text_dim=768), batch) if adversarial is None else tokenizer_step(TokenizerConfig(attention='sdpa'), batch, adversarial)
-        rows.append(timed(name, step, batch) | dict(parameters=sum(p.numel() for p in net.parameters()), dtype='bfloat16', attention='sdpa'))
+        step, net = dit_step(DiTConfig.named('B', text_dim=768),
+                             batch) if adversarial is None else tokenizer_step(TokenizerConfig(attention='sdpa'), batch,
+                                                                               adversarial)
+        rows.append(timed(name, step, batch)
+                    | dict(parameters=sum(p.numel() for p in net.parameters()), dtype='bfloat16', attention='sdpa'))
         print(rows[-1], flush=True)
-        del step, net; torch.cuda.empty_cache()
-    write_json(out, dict(device=torch.cuda.get_device_name(), torch=torch.__version__, cuda=torch.version.cuda, rows=rows))
+        del step, net
+        torch.cuda.empty_cache()
+    write_json(out, dict(device=torch.cuda.get_device_name(), torch=torch.__version__,
+                         cuda=torch.version.cuda, rows=rows))

@@ -23,9 +23,14 @@ from typing import Any
 from jupyter_client.provisioning import KernelProvisionerFactory, LocalProvisioner
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #aeaf187d
-PRELOAD = ('torch', 'torch._dynamo', 'torchvision', 'torch.optim.swa_utils', 'safetensors.torch', 'accelerate', 'diffusers', 'diffusers.models.embeddings', 'diffusers.models.autoencoders.vae', 'einops', 'scipy.stats', 'yaml', 'tqdm',
-           'PIL.Image', 'PIL.ImageCms', 'matplotlib.figure', 'matplotlib.font_manager', 'matplotlib.backends.backend_agg', 'ipykernel.kernelapp', 'ipykernel.ipkernel')   # not pyplot, not pandas: when imported, they look for a shell
-ONCE = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'OPENBLAS_CORETYPE', 'MKL_CBWR', 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'CUBLAS_WORKSPACE_CONFIG', 'PYTHONHASHSEED',
+PRELOAD = ('torch', 'torch._dynamo', 'torchvision', 'torch.optim.swa_utils', 'safetensors.torch', 'accelerate',
+           'diffusers', 'diffusers.models.embeddings', 'diffusers.models.autoencoders.vae', 'einops', 'scipy.stats',
+           'yaml', 'tqdm',
+           # not pyplot, not pandas: when imported, they look for a shell
+           'PIL.Image', 'PIL.ImageCms', 'matplotlib.figure', 'matplotlib.font_manager',
+           'matplotlib.backends.backend_agg', 'ipykernel.kernelapp', 'ipykernel.ipkernel')
+ONCE = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'OPENBLAS_CORETYPE',
+        'MKL_CBWR', 'ATEN_CPU_CAPABILITY', 'ONEDNN_MAX_CPU_ISA', 'CUBLAS_WORKSPACE_CONFIG', 'PYTHONHASHSEED',
         'PYTHONNOUSERSITE', 'PYTHONPATH', 'MPLCONFIGDIR', 'IPYTHONDIR', 'LD_PRELOAD', 'LD_LIBRARY_PATH')
 SOCKET = 'TOKSR_NURSERY'        # variable that says where the nursery listens
 
@@ -40,7 +45,8 @@ def _become(argv: list[str], env: dict[str, str], folder: str, out: int, err: in
         null = os.open(os.devnull, os.O_RDONLY)
         for a, b in ((null, 0), (out, 1), (err, 2)): os.dup2(a, b)
         os.closerange(3, 256)
-        os.environ.clear(); os.environ.update(env)
+        os.environ.clear()
+        os.environ.update(env)
         os.chdir(folder)
         sys.argv = [*argv, f'--IPKernelApp.parent_handle={os.getppid()}']       # it ends with the nursery
         from ipykernel import kernelapp
@@ -48,7 +54,8 @@ def _become(argv: list[str], env: dict[str, str], folder: str, out: int, err: in
         code = 0
     except SystemExit as e: code = e.code if isinstance(e.code, int) else int(e.code is not None)
     finally:
-        sys.stdout.flush(); sys.stderr.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(code)
 
 class Nursery:
@@ -67,10 +74,14 @@ class Nursery:
             text, fds, _, _ = socket.recv_fds(asker, 1 << 20, 2)
             while not text.endswith(b'\n'): text += asker.recv(1 << 20) or b'\n'
             asked = json.loads(text)
-        except (OSError, ValueError): asker.close(); return
+        except (OSError, ValueError):
+            asker.close()
+            return
         if len(fds) != 2 or any(asked['env'].get(k) != os.environ.get(k) for k in ONCE):
             for f in fds: os.close(f)
-            asker.sendall(b'{"pid": 0}\n'); asker.close(); return
+            asker.sendall(b'{"pid": 0}\n')
+            asker.close()
+            return
         pid = os.fork()
         if not pid: _become(asked['argv'], asked['env'], asked['folder'], *fds)
         for f in fds: os.close(f)
@@ -84,7 +95,8 @@ class Nursery:
         "A kernel has ended: say how"
         asker, fd = self.kernels.pop(pid)
         code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        self.wake.unregister(fd); os.close(fd)
+        self.wake.unregister(fd)
+        os.close(fd)
         self.wake.unregister(asker)
         try: asker.sendall(json.dumps({'code': code}).encode()+b'\n')
         except OSError: pass
@@ -109,14 +121,18 @@ def _kill(pid: int) -> None:
     except ProcessLookupError: os.kill(pid, signal.SIGKILL)      # before its setsid
 
 def main() -> None:
-    "What the process of a nursery runs: import, then serve those who ask, and have asked meanwhile, at the listening socket whose number is its argument"
+    """What the process of a nursery runs: import, then serve those who ask, and have asked meanwhile, at the
+    listening socket whose number is its argument"""
     del sys.path[0]                                              # the folder it was started in
-    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)     # a Ctrl-C is for the stages; this process ends with its input
-    os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')    # matplotlib reads it once; ipykernel sets it, but after the fork
+    # a Ctrl-C is for the stages; this process ends with its input
+    for s in (signal.SIGINT, signal.SIGTERM): signal.signal(s, signal.SIG_IGN)
+    # matplotlib reads it once; ipykernel sets it, but after the fork
+    os.environ.setdefault('MPLBACKEND', 'module://matplotlib_inline.backend_inline')
     for name in PRELOAD: importlib.import_module(name)
     import torch
     if torch.cuda.is_available(): return                         # a GPU does not survive a fork
-    gc.collect(); gc.freeze()
+    gc.collect()
+    gc.freeze()
     Nursery(socket.socket(fileno=int(sys.argv[1]))).serve()
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #4c80d6a0
@@ -144,7 +160,8 @@ class Forked:
         return self.returncode
 
     def _hear(self, line: bytes) -> None:
-        self.returncode = json.loads(line)['code'] if line else -signal.SIGKILL      # the nursery is gone, and took its kernels with it
+        # the nursery is gone, and took its kernels with it
+        self.returncode = json.loads(line)['code'] if line else -signal.SIGKILL
         self.link.close()
 
     def send_signal(self, sig: int) -> None:
@@ -175,7 +192,8 @@ class NurseryProvisioner(LocalProvisioner):
     "Kernels that are forks of the nursery where there is one, and processes of their own elsewhere"
     async def launch_kernel(self, cmd: list[str], **kw: Any) -> dict[str, Any]:
         path, env, folder = os.environ.get(SOCKET), dict(kw.get('env') or os.environ), str(kw.get('cwd') or os.getcwd())
-        self.process = fork_kernel(path, cmd[cmd.index('ipykernel_launcher'):], env, folder) if path and 'ipykernel_launcher' in cmd else None
+        self.process = fork_kernel(path, cmd[cmd.index('ipykernel_launcher'):], env,
+                                   folder) if path and 'ipykernel_launcher' in cmd else None
         if self.process is None: return await super().launch_kernel(cmd, **kw)
         self.pid = self.pgid = self.process.pid
         self.cwd = folder
@@ -184,7 +202,8 @@ class NurseryProvisioner(LocalProvisioner):
 def use_nursery() -> None:
     "From here on, Jupyter in this process starts kernels by `NurseryProvisioner`"
     name = 'toksr-nursery'
-    KernelProvisionerFactory.provisioners[name] = EntryPoint(name, 'toksr.pipeline.kernels:NurseryProvisioner', KernelProvisionerFactory.GROUP_NAME)
+    KernelProvisionerFactory.provisioners[name] = EntryPoint(name, 'toksr.pipeline.kernels:NurseryProvisioner',
+                                                             KernelProvisionerFactory.GROUP_NAME)
     KernelProvisionerFactory.instance().default_provisioner_name = name
 
 # %% ../../nbs/pipeline/03_kernels.ipynb #d2062421
@@ -195,6 +214,10 @@ def start_nursery(
 ) -> subprocess.Popen:
     "A nursery, still importing: who asks waits. It ends when its `stdin` is closed"
     with socket.socket(socket.AF_UNIX) as listener:
-        listener.bind(path); listener.listen(64)
-        return subprocess.Popen([sys.executable, '-c', 'from toksr.pipeline.kernels import main; main()', str(listener.fileno())], env=os.environ | env, cwd=folder, pass_fds=[listener.fileno()],
-                                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        listener.bind(path)
+        listener.listen(64)
+        return subprocess.Popen([sys.executable, '-c', 'from toksr.pipeline.kernels import main; main()',
+                                 str(listener.fileno())], env=os.environ | env, cwd=folder,
+                                 pass_fds=[listener.fileno()],
+                                stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                start_new_session=True)

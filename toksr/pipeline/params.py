@@ -63,7 +63,8 @@ def _inside(p: Param, x: Any) -> bool:
 
 # %% ../../nbs/pipeline/01_params.ipynb #a6cbfb0b
 def check(p: Param, x: Any, text: bool = False) -> Any:
-    "`x` as the type of `p`; `ValueError` naming notebook, parameter, what was expected and what was given. `text`: `x` is from a command line"
+    """`x` as the type of `p`; `ValueError` naming notebook, parameter, what was expected and what was given.
+    `text`: `x` is from a command line"""
     given = x
     try:
         if text and p.type != 'str': x = yaml.safe_load(x)
@@ -84,7 +85,8 @@ def _param(node: ast.AST, notebook: str, comments: dict[int, str]) -> Param:
     ok = isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and node.value is not None
     kind = ast.unparse(node.annotation) if ok else ''
     if re.sub(r'^list\[(\w+)\]$', r'\1', kind) not in TYPES:
-        raise ValueError(f'{notebook}: the parameters cell holds `{ast.unparse(node)}`, expected `name: type = value` with a type of '
+        raise ValueError(f'{notebook}: the parameters cell holds `{ast.unparse(node)}`, expected `name: type = value` '
+                         f'with a type of '
                          f'{", ".join(TYPES)} or a list of one')
     try: default = ast.literal_eval(node.value)
     except ValueError: raise ValueError(f'{notebook}: the default of {node.target.id} has to be a literal') from None
@@ -97,7 +99,8 @@ def cells(notebook: str | Path) -> list[dict]:
     "The cells of a notebook file; one clear error if it is not one"
     try: return json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
     except FileNotFoundError: raise FileNotFoundError(f'{notebook}: no such notebook') from None
-    except (ValueError, KeyError, TypeError, OSError) as e: raise ValueError(f'{notebook}: not a notebook ({type(e).__name__})') from None
+    except (ValueError, KeyError, TypeError, OSError) as e:
+        raise ValueError(f'{notebook}: not a notebook ({type(e).__name__})') from None
 
 def declared(notebook: str | Path) -> dict[str, Param]:
     "The parameters that a notebook declares, by name; `ValueError` if its cell is missing, doubled or malformed"
@@ -117,8 +120,10 @@ def _safe_yaml(text: str) -> Any:
 def read_params(path: str | Path) -> dict[str, Any]:
     "What a params file holds; `FileNotFoundError` or `ValueError` in one line"
     try: found = _safe_yaml(Path(path).read_text(encoding='utf-8')) or {}
-    except FileNotFoundError: raise FileNotFoundError(f'{path}: no such file; run `toksr-profile laptop` to make it') from None
-    except (yaml.YAMLError, UnicodeDecodeError) as e: raise ValueError(f'{path}: not YAML: {" ".join(str(e).split())}') from None
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: no such file; run `toksr-profile laptop` to make it') from None
+    except (yaml.YAMLError, UnicodeDecodeError) as e:
+        raise ValueError(f'{path}: not YAML: {" ".join(str(e).split())}') from None
     if not isinstance(found, dict): raise ValueError(f'{path}: expected sections, got {type(found).__name__}')
     return found
 
@@ -152,7 +157,8 @@ def gather(
     typed = {k: v for s in sections for k, v in section(file, s).items()}
     for k in [*typed, *given]:
         if k not in known: raise ValueError(f'{notebook}: no parameter {k!r}; there are: {", ".join(known)}')
-    return {k: check(known[k], v) for k, v in typed.items() if k not in given} | {k: check(known[k], v, text=True) for k, v in given.items()}
+    return {k: check(known[k], v) for k, v in typed.items() if k not in given} | {k: check(known[k], v, text=True)
+                                                                                  for k, v in given.items()}
 
 # %% ../../nbs/pipeline/01_params.ipynb #03e6f2ab
 @dataclass(frozen=True)
@@ -169,5 +175,7 @@ def read_profile(path: str | Path) -> Profile:
     "The values at the top of a params file, checked; an absent file means the defaults"
     given = {k: v for k, v in read_params(path).items() if not isinstance(v, dict)} if Path(path).exists() else {}
     kinds = {f.name: f.type if isinstance(f.type, str) else f.type.__name__ for f in fields(Profile)}
-    if unknown := set(given)-set(kinds): raise ValueError(f'{path}: {sorted(unknown)[0]!r} stands outside a section; there may be {", ".join(kinds)}')
-    return Profile(**{k: check(Param(str(path), k, kinds[k], None, _RUN_RANGES.get(k, '')), v) for k, v in given.items()})
+    if unknown := set(given)-set(kinds):
+        raise ValueError(f'{path}: {sorted(unknown)[0]!r} stands outside a section; there may be {", ".join(kinds)}')
+    return Profile(**{k: check(Param(str(path), k, kinds[k], None, _RUN_RANGES.get(k, '')), v)
+                      for k, v in given.items()})

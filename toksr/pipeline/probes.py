@@ -29,7 +29,8 @@ from .params import cells, declared
 
 # %% ../../nbs/pipeline/05_probes.ipynb #e2da6989
 Left = dict[str, list[float | None]]        # what a probe leaves behind: quantity -> values
-CAPTIONS = [f'A photo of {a} and {b}.' for a in ('a red ball', 'two green leaves', 'an old yellow bus', 'a cat') for b in ('a tree', 'a blue table', 'a loaf')]
+CAPTIONS = [f'A photo of {a} and {b}.' for a in ('a red ball', 'two green leaves', 'an old yellow bus', 'a cat')
+            for b in ('a tree', 'a blue table', 'a loaf')]
 
 def blobs(n: int, px: int, seed: int) -> np.ndarray:
     "Images n px px 3 uint8 of soft coloured blobs, the same for the same seed"
@@ -62,7 +63,8 @@ class Probe:
     stop: int = 0                                   # stop after this step and go on from the checkpoint; 0: run through
 
 def read_probes(root: Path) -> dict[str, dict[str, Probe]]:
-    "The probes of `nbs/study/probes.yaml`, by study and name. `ValueError` names a study or a parameter that is not there"
+    """The probes of `nbs/study/probes.yaml`, by study and name. `ValueError` names a study or a parameter that is
+    not there"""
     path = root/'nbs/study/probes.yaml'
     given = yaml.safe_load(path.read_text(encoding='utf-8'))
     common, found = given.pop('common', {}), {}
@@ -73,7 +75,8 @@ def read_probes(root: Path) -> dict[str, dict[str, Probe]]:
         needs, shared = tuple(runs.pop('needs', ())), runs.pop('all', {})
         for k, (name, own) in enumerate(runs.items()):
             values = {n: v for n, v in common.items() if n in known} | shared | (own or {})
-            if unknown := values.keys()-known: raise ValueError(f'{path}: {study}/{name}: the notebook has no parameter {sorted(unknown)[0]}')
+            if unknown := values.keys()-known:
+                raise ValueError(f'{path}: {study}/{name}: the notebook has no parameter {sorted(unknown)[0]}')
             found.setdefault(study, {})[name] = Probe(study, name, values, needs, 0 if k else 3)
     return found
 
@@ -86,7 +89,8 @@ def run_cells(notebook: Path, values: dict[str, Any]) -> None:
     for c in cells(notebook):
         if c['cell_type'] != 'code': continue
         sources = [''.join(c['source'])]
-        if 'parameters' in c.get('metadata', {}).get('tags', []): sources.append('\n'.join(f'{k} = {v!r}' for k, v in values.items()))
+        if 'parameters' in c.get('metadata', {}).get('tags', []):
+            sources.append('\n'.join(f'{k} = {v!r}' for k, v in values.items()))
         for s in sources:
             with redirect_stdout(StringIO()), redirect_stderr(StringIO()): result = shell.run_cell(s)
             result.raise_error()
@@ -131,7 +135,8 @@ def _shake(weights, seed: int) -> None:
 
 # %% ../../nbs/pipeline/05_probes.ipynb #25d9c77a
 def weights_summary(path: Path) -> dict[str, list[float]]:
-    "For each part of a file of weights: root mean square, and a projection onto random numbers that its tensors' names decide"
+    """For each part of a file of weights: root mean square, and a projection onto random numbers that its tensors'
+    names decide"""
     import torch
     from safetensors.torch import load_file
     parts: dict[str, list] = {}
@@ -168,7 +173,8 @@ def run_probe(
     shake: int = 0,             # see `listening`
 ) -> tuple[Left, dict[Path, bytes]]:
     "Run a probe; the curves of its losses and the summaries of the weights it wrote, and those files"
-    written = lambda: {p: p.stat().st_mtime_ns for d in ('models', 'reports') for p in sorted((folder/d).rglob('*')) if p.suffix in SUMMARIES}
+    written = lambda: {p: p.stat().st_mtime_ns for d in ('models', 'reports') for p in sorted((folder/d).rglob('*'))
+                       if p.suffix in SUMMARIES}
     before = written()
     with chdir(folder), listening(probe.stop, shake) as heard:
         try: run_cells(notebook, probe.values)
@@ -195,10 +201,12 @@ def noise_of(plain: Left, shaken: Left) -> list[float]:
     return [float(f'{x:.2g}') for x in [*np.maximum.accumulate(np.max(rows, 0)), max(rest, default=0.)]]
 
 def excess(old: Left, noise: list[float], new: Left) -> dict[str, float]:
-    "The quantities that differ by more than the tolerance, and how often the tolerance fits into the difference; infinite for one that is missing"
+    """The quantities that differ by more than the tolerance, and how often the tolerance fits into the difference;
+    infinite for one that is missing"""
     floor = [*np.minimum(FLOOR*float(GROWTH)**np.arange(len(noise)-1), CEILING), 2*FLOOR]
     allowed = np.maximum(floor, FACTOR*np.array(noise))
-    far = {k: (apart(v, new[k])/(allowed[:-1] if k.startswith('step/') else allowed[-1])).max() for k, v in old.items() if k in new}
+    far = {k: (apart(v, new[k])/(allowed[:-1] if k.startswith('step/') else allowed[-1])).max() for k, v in old.items()
+           if k in new}
     return {k: float(x) for k, x in far.items() if x > 1} | {k: float('inf') for k in old.keys()^new.keys()}
 
 # %% ../../nbs/pipeline/05_probes.ipynb #a004d071
@@ -214,10 +222,12 @@ class Behaviour:
         "From a file; an empty one if there is none. `ValueError` for a damaged one"
         if not path.is_file(): return cls()
         try: return cls(**json.loads(path.read_text(encoding='utf-8')))
-        except (ValueError, TypeError) as e: raise ValueError(f'{path}: damaged ({e}); restore it: git checkout -- {path.name}') from None
+        except (ValueError, TypeError) as e:
+            raise ValueError(f'{path}: damaged ({e}); restore it: git checkout -- {path.name}') from None
 
     def text(self) -> str:
-        rows = json.dumps(dict(code=self.code, name=self.name, runs=self.runs), indent=1, sort_keys=True, ensure_ascii=False)
+        rows = json.dumps(dict(code=self.code, name=self.name, runs=self.runs), indent=1, sort_keys=True,
+                          ensure_ascii=False)
         return f'{rows}\n'
 
 class Probes:
@@ -239,7 +249,9 @@ class Probes:
     def provide(self, study: str, name: str) -> None:
         "Have the weights of a probe in place, whatever ran since"
         self.run(study, name)
-        for path, content in self.done[study, name, json.dumps(self.all[study][name].values, sort_keys=True)][1].items(): path.write_bytes(content)
+        for path, content in self.done[study, name,
+                                       json.dumps(self.all[study][name].values, sort_keys=True)][1].items():
+            path.write_bytes(content)
 
     def prepare(self) -> None:
         "A folder that looks like the project to the code that runs in it"
@@ -258,10 +270,13 @@ def look(
     "The behaviour of a study now, and what differs from the known one, in tolerances"
     probes = plain.all[study]
     was = {n: r for n, r in known.runs.items() if n in probes}
-    apart_ = {f'{n}/{k}': d for n, r in was.items() for k, d in excess(r['left'], r['noise'], plain.run(study, n, r['values'])).items()}
+    apart_ = {f'{n}/{k}': d for n, r in was.items()
+              for k, d in excess(r['left'], r['noise'], plain.run(study, n, r['values'])).items()}
     same, runs = bool(was) and not apart_, {}
     for n, p in probes.items():
-        if same and n in was and was[n]['values'] == p.values: runs[n] = was[n]; continue
+        if same and n in was and was[n]['values'] == p.values:
+            runs[n] = was[n]
+            continue
         left, other = plain.run(study, n), shaken.run(study, n)
         runs[n] = dict(values=p.values, left=left, noise=noise_of(left, other))
     name = known.name if same else hashlib.sha256(json.dumps(runs, sort_keys=True).encode()).hexdigest()[:16]
@@ -296,10 +311,13 @@ def update(
 
 def main(argv: list[str] | None = None) -> None:
     "`toksr-code [STUDY ...]`: fingerprints of analyses, behaviour of training studies"
-    p = argparse.ArgumentParser('toksr-code', description='Write what each study depends on: its code, or for training what the code does.')
+    p = argparse.ArgumentParser('toksr-code',
+                                description='Write what each study depends on: its code, or for training what the '
+                                            'code does.')
     p.add_argument('studies', nargs='*', help='training studies to look at even if their code has not changed')
     a = p.parse_args(argv)
     os.environ.setdefault('MPLBACKEND', 'agg')
     changed = update(ROOT(), a.studies)
     for study, differs in changed.items():
-        for k, d in sorted(differs.items(), key=lambda x: -x[1])[:5]: print(f'  {study}: {k} differs by {d:.2g} tolerances')
+        for k, d in sorted(differs.items(), key=lambda x: -x[1])[:5]:
+            print(f'  {study}: {k} differs by {d:.2g} tolerances')

@@ -28,7 +28,8 @@ def flat(params: dict[str, Any], prefix: str = '') -> dict[str, Any]:
 def names(root: Path) -> list[str]:
     "The profiles there are, smallest first as far as known"
     known = ['smoke', 'laptop', 'workstation', 'paper']
-    return sorted((p.stem for p in (root/'profiles').glob('*.yaml')), key=lambda n: (known.index(n) if n in known else 9, n))
+    return sorted((p.stem for p in (root/'profiles').glob('*.yaml')),
+                  key=lambda n: (known.index(n) if n in known else 9, n))
 
 # %% ../../nbs/pipeline/07_profiles.ipynb #2bf757ea
 def _kind(x: Any) -> str:
@@ -51,7 +52,8 @@ def edits(root: Path) -> list[str]:
     "What in `params.yaml` differs from the profile it names: `train.steps: 300 (laptop: 200)`"
     active = read_profile(root/'params.yaml').profile
     source = root/f'profiles/{active}.yaml'
-    if not source.is_file(): raise ValueError(f'params.yaml: profile {active!r} is not in profiles/; there are: {", ".join(names(root))}')
+    if not source.is_file():
+        raise ValueError(f'params.yaml: profile {active!r} is not in profiles/; there are: {", ".join(names(root))}')
     now, then = flat(read_params(root/'params.yaml')), flat(read_params(source))
     return [f'{k}: {now.get(k, "absent")} ({active}: {then.get(k, "absent")})' for k in sorted(now.keys() | then.keys())
             if now.get(k) != then.get(k)]
@@ -60,13 +62,16 @@ def choose(root: Path, name: str) -> None:
     "Make `params.yaml` a copy of a profile; `ValueError` if there is none of that name"
     if name not in names(root): raise ValueError(f'no profile {name!r}; there are: {", ".join(names(root))}')
     source = root/f'profiles/{name}.yaml'
-    if (said := read_profile(source).profile) != name: raise ValueError(f'{source}: expected `profile: {name}`, found {said!r}')
+    if (said := read_profile(source).profile) != name:
+        raise ValueError(f'{source}: expected `profile: {name}`, found {said!r}')
     write_text(root/'params.yaml', source.read_text(encoding='utf-8'))
 
 # %% ../../nbs/pipeline/07_profiles.ipynb #398b75e1
 def stale(root: Path) -> tuple[list[str], list[str]]:
-    "Stages that would run now, and those that would run if the results of the first change; `ValueError` if DVC cannot tell"
-    dry = subprocess.run([sys.executable, '-m', 'dvc', 'repro', '--dry', '--allow-missing'], cwd=root, capture_output=True, text=True)
+    """Stages that would run now, and those that would run if the results of the first change; `ValueError` if DVC
+    cannot tell"""
+    dry = subprocess.run([sys.executable, '-m', 'dvc', 'repro', '--dry', '--allow-missing'], cwd=root,
+                         capture_output=True, text=True)
     now = re.findall(r"Running stage '([^']+)'", dry.stdout)      # it stops at a file that one of these has yet to make
     if dry.returncode and not now: raise ValueError(f'dvc repro --dry: {dry.stderr.strip() or dry.stdout.strip()}')
     plan = read_plan(root, stale=now)
@@ -79,14 +84,16 @@ def report(root: Path) -> str:
     if len(changed) > 10: lines.append(f'  and {len(changed)-10} more')
     if not (root/'dvc.yaml').is_file(): return '\n'.join(lines)
     now, then = stale(root)
-    lines.append(f'`make repro` would run {len(now)} stages: {", ".join(now)}' if now else '`make repro` would run nothing')
+    lines.append(f'`make repro` would run {len(now)} stages: {", ".join(now)}' if now
+                 else '`make repro` would run nothing')
     if then: lines.append(f'and, where their results change, {len(then)} more: {", ".join(then)}')
     return '\n'.join(lines)
 
 # %% ../../nbs/pipeline/07_profiles.ipynb #427acf3b
 def main(argv: list[str] | None = None) -> None:
     "`toksr-profile [NAME]`"
-    p = argparse.ArgumentParser('toksr-profile', description='Choose the sizes of everything, or say which are in place.')
+    p = argparse.ArgumentParser('toksr-profile',
+                                description='Choose the sizes of everything, or say which are in place.')
     p.add_argument('name', nargs='?', help='a file in profiles/')
     a, root = p.parse_args(argv), ROOT()
     try:

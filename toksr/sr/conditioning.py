@@ -17,7 +17,8 @@ from ..encoders.text import Text
 from ..layers.dit import blank, check_inputs, DiTConfig, drop_captions, SIZES, TokenDiT
 
 # %% ../../nbs/sr/02_conditioning.ipynb #c2b34af7
-VARIANT_SIZES = SIZES | {'d64x3': (64, 3, 4), 'd32x1': (32, 1, 2)}   # name: width, layers, heads; small enough to train many
+# name: width, layers, heads; small enough to train many
+VARIANT_SIZES = SIZES | {'d64x3': (64, 3, 4), 'd32x1': (32, 1, 2)}
 VARIANT_CHOICES = dict(conditioning=('concat', 'cross'), positions=('shared', 'separate', 'interpolated'))
 
 @dataclass(frozen=True)
@@ -27,16 +28,21 @@ class ConditionedConfig(DiTConfig):
 
     def __post_init__(self):
         for name, choices in VARIANT_CHOICES.items():
-            if getattr(self, name) not in choices: raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        if self.conditioning == 'cross' and not (self.text_dim and self.features): raise ValueError("conditioning: 'cross' reads a caption and image features: give text_dim and features")
-        if self.conditioning == 'cross' and self.positions != 'shared': raise ValueError(f"positions: {self.positions!r} needs low-resolution tokens, and conditioning='cross' has none")
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        if self.conditioning == 'cross' and not (self.text_dim and self.features):
+            raise ValueError("conditioning: 'cross' reads a caption and image features: give text_dim and features")
+        if self.conditioning == 'cross' and self.positions != 'shared':
+            raise ValueError(f"positions: {self.positions!r} needs low-resolution tokens, and conditioning='cross' "
+                             f"has none")
         self.plain
 
     @property
     def plain(self) -> DiTConfig:
         "What the `TokenDiT` below is built from."
         own = {f.name: getattr(self, f.name) for f in fields(DiTConfig)}
-        return DiTConfig(**own | dict(conditioning='none' if self.conditioning == 'cross' else 'concat', positions='separate' if self.positions == 'separate' else 'shared'))
+        return DiTConfig(**own | dict(conditioning='none' if self.conditioning == 'cross' else 'concat',
+                                      positions='separate' if self.positions == 'separate' else 'shared'))
 
     @classmethod
     def named(cls, size: str, **changes) -> 'ConditionedConfig':
@@ -72,7 +78,9 @@ class CrossDiT(TokenDiT):
         super().__init__(config.plain)
         self.features = tuple(config.features)
         self.feature_embedders = nn.ModuleList(nn.Linear(d, config.width) for d in self.features)
-        for layer in self.feature_embedders: nn.init.xavier_uniform_(layer.weight); nn.init.zeros_(layer.bias)
+        for layer in self.feature_embedders:
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
 
     def forward(self,
         x: Tensor,                          # b n d, noisy tokens
@@ -85,9 +93,12 @@ class CrossDiT(TokenDiT):
         "Give the prediction, b n d. Raises `ValueError` on a missing condition or a wrong shape."
         check_inputs(self.config, x, t, text, None, None)
         if lr is None or tuple(lr.shape) != (len(x), sum(self.features)):
-            raise ValueError(f'CrossDiT: lr must have shape {(len(x), sum(self.features))}, got {None if lr is None else tuple(lr.shape)}; give the features of the low-resolution pictures')
+            raise ValueError(f'CrossDiT: lr must have shape {(len(x), sum(self.features))}, got '
+                             f'{None if lr is None else tuple(lr.shape)}; give the features of the low-resolution '
+                             f'pictures')
         text = drop_captions(text, drop_text)
-        h, c = self.rows(x, None, None, None), self.t_embedder(t) + self.pooled_embedder(text.pooled)  # b n width; b width
+        # b n width; b width
+        h, c = self.rows(x, None, None, None), self.t_embedder(t) + self.pooled_embedder(text.pooled)
         tokens = self.condition_tokens(text.pooled, blank(lr, drop_lr))            # b m width
         for block in self.blocks: h = block(h, c, tokens)                          # b n width
         return self.final_layer(h, c)                                              # b n d

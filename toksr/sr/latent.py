@@ -20,9 +20,13 @@ from .pixels import ClipSpace, InfDiT, Lite0Space, small_patches, with_quality
 from .super_resolver import SuperResolver
 
 # %% ../../nbs/sr/06_latent.ipynb #08c78762
-BASELINE_SIZES = SIZES | {'d64x2': (64, 2, 2), 'd128x4': (128, 4, 4), 'inf-dit': (1280, 28, 16), 'sd3-medium': (1536, 24, 24)}   # width, layers, heads
-CHOICES = dict(net=('token', 'infdit'), objective=('diffusion', 'flow', 'edm'), conditioning=('concat', 'channels'), base=('none', 'token'),
-               prediction=('epsilon', 'v', 'sample'), noise=('linear', 'cosine'), embedding=('lite0', 'clip'), dit=tuple(BASELINE_SIZES))
+# width, layers, heads
+BASELINE_SIZES = SIZES | {'d64x2': (64, 2, 2), 'd128x4': (128, 4, 4), 'inf-dit': (1280, 28, 16),
+                          'sd3-medium': (1536, 24, 24)}
+CHOICES = dict(net=('token', 'infdit'), objective=('diffusion', 'flow', 'edm'), conditioning=('concat', 'channels'),
+               base=('none', 'token'),
+               prediction=('epsilon', 'v', 'sample'), noise=('linear', 'cosine'), embedding=('lite0', 'clip'),
+               dit=tuple(BASELINE_SIZES))
 
 @dataclass(frozen=True)
 class BaselineConfig:
@@ -32,11 +36,11 @@ class BaselineConfig:
     dit: str = 'd96x4'               # size of the transformer, see `BASELINE_SIZES`
     text_dim: int = 384              # channels of the caption states; 0: no captions (infdit has none)
     objective: str = 'diffusion'     # diffusion (TokSR), flow (SD3) or edm (Inf-DiT)
-    conditioning: str = 'channels'   # concat: low-resolution tokens behind the noisy ones (TokSR); channels: beside them
-    base: str = 'token'              # departure [none]: the residual from a regression of each token on its low-resolution token
+    conditioning: str = 'channels'  # concat: low-resolution tokens behind the noisy ones (TokSR); channels: beside them
+    base: str = 'token'  # departure [none]: the residual from a regression of each token on its low-resolution token
     prediction: str = 'sample'       # departure [epsilon]: of objective 'diffusion'
     noise: str = 'cosine'            # departure [linear]: noise schedule of objective 'diffusion'
-    gate: float = 1.                 # departure [0]: start value of the transformer's gates; Inf-DiT has no gates, so 1 is its value
+    gate: float = 1.  # departure [0]: start value of the transformer's gates; Inf-DiT has no gates, so 1 is its value
     tie_qk: bool = True              # departure [False]: queries and keys start equal
     embedding: str = 'lite0'         # infdit's global vector: lite0, or clip as published
     quality_dim: int = 384           # infdit with lite0: channels of the captions that its bridge reads
@@ -44,10 +48,14 @@ class BaselineConfig:
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed: raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
         if self.factor < 2: raise ValueError(f'factor: expected 2 or more, got {self.factor}')
-        if self.net == 'infdit' and self.text_dim: raise ValueError(f'text_dim: Inf-DiT reads no captions, expected 0, got {self.text_dim}')
-        if self.net == 'infdit' and self.conditioning != 'channels': raise ValueError("conditioning: Inf-DiT lays the enlarged picture beside the noisy one, expected 'channels'")
+        if self.net == 'infdit' and self.text_dim:
+            raise ValueError(f'text_dim: Inf-DiT reads no captions, expected 0, got {self.text_dim}')
+        if self.net == 'infdit' and self.conditioning != 'channels':
+            raise ValueError("conditioning: Inf-DiT lays the enlarged picture beside the noisy one, expected "
+                             "'channels'")
 
 # %% ../../nbs/sr/06_latent.ipynb #e34bf5b1
 def token_ridge(
@@ -56,12 +64,15 @@ def token_ridge(
     strength: float = 1e-3,   # added to each diagonal, as a share of the mean variance of that token
 ) -> tuple[Tensor, Tensor]:   # weight n d d, bias n d, float32
     "Fit y_i = x_i @ weight_i + bias_i for each token i, in float64. `ValueError` for fewer than 2 pairs."
-    if len(x) != len(y) or len(x) < 2: raise ValueError(f'token_ridge: expected equally many inputs and targets, at least 2, got {len(x)} and {len(y)}')
+    if len(x) != len(y) or len(x) < 2:
+        raise ValueError(f'token_ridge: expected equally many inputs and targets, at least 2, got {len(x)} and '
+                         f'{len(y)}')
     x, y = x.double().transpose(0, 1), y.double().transpose(0, 1)                    # n m d
     mx, my = x.mean(1, keepdim=True), y.mean(1, keepdim=True)                        # n 1 d
     xc = x - mx
     cov = xc.transpose(1, 2) @ xc / xc.shape[1]                                      # n d d
-    cov += (strength * cov.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-9))[:, None, None] * torch.eye(cov.shape[-1], dtype=cov.dtype)
+    cov += (strength * cov.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-9))[:, None, None] * torch.eye(cov.shape[-1],
+                                                                                                        dtype=cov.dtype)
     w = torch.linalg.solve(cov, xc.transpose(1, 2) @ (y - my) / xc.shape[1])         # n d d
     return w.float(), (my - mx @ w)[:, 0].float()
 
@@ -79,15 +90,21 @@ class BaselineResolver(SuperResolver):
         self.schedule = make_schedule(c.noise, c.prediction)
         width, depth, heads = BASELINE_SIZES[c.dit]
         beside = d if c.conditioning == 'channels' or c.base == 'token' else 0
-        shape = DiTConfig(n, d, width, depth, heads, text_dim=c.text_dim, conditioning='concat' if c.conditioning == 'concat' else 'none', type_embedding=c.conditioning == 'concat',
+        shape = DiTConfig(n, d, width, depth, heads, text_dim=c.text_dim,
+                          conditioning='concat' if c.conditioning == 'concat' else 'none',
+                          type_embedding=c.conditioning == 'concat',
                           base_dim=beside, gate=c.gate, tie_qk=c.tie_qk, attention=c.attention)
         if c.net == 'infdit':
-            if small < 2 or small % 2: raise ValueError(f'small: Inf-DiT needs the side of the low-resolution pictures, an even number, got {small}')
+            if small < 2 or small % 2:
+                raise ValueError(f'small: Inf-DiT needs the side of the low-resolution pictures, an even number, '
+                                 f'got {small}')
             self.space = Lite0Space(c.quality_dim) if c.embedding == 'lite0' else ClipSpace()
             self.dit = InfDiT(shape, (small // 2)**2, 12, self.space.width)
             self.register_buffer('quality', torch.zeros(self.space.width))
         else: self.dit = TokenDiT(shape)
-        for name, v in dict(bias=torch.zeros(n, d), in_mean=torch.zeros(n, d), in_unit=torch.ones(n, d), unit=torch.ones(())).items(): self.register_buffer(name, v)
+        for name, v in dict(bias=torch.zeros(n, d), in_mean=torch.zeros(n, d), in_unit=torch.ones(n, d),
+                            unit=torch.ones(())).items():
+            self.register_buffer(name, v)
         if c.base == 'token': self.register_buffer('weight', torch.zeros(n, d, d))
 
     @torch.no_grad()
@@ -99,9 +116,12 @@ class BaselineResolver(SuperResolver):
         quality: Text | None = None,   # infdit with lite0: `toksr.sr.pixels.QUALITY`, encoded
     ) -> 'BaselineResolver':
         "Fit the closed-form parts to training tokens (and infdit's global space to pictures and captions)."
-        self.in_mean.copy_(lr.mean(0)); self.in_unit.copy_(lr.std(0).clamp_min(1e-2 * lr.std()))
+        self.in_mean.copy_(lr.mean(0))
+        self.in_unit.copy_(lr.std(0).clamp_min(1e-2 * lr.std()))
         if self.config.base == 'token':
-            w, b = token_ridge(lr, hr); self.weight.copy_(w); self.bias.copy_(b)
+            w, b = token_ridge(lr, hr)
+            self.weight.copy_(w)
+            self.bias.copy_(b)
         else: self.bias.copy_(hr.mean(0))
         self.unit.copy_((hr - self.base(lr)).square().mean().sqrt())
         if self.config.net == 'infdit': self.quality.copy_(self.space.fit(image, text).direction(quality))
@@ -109,7 +129,8 @@ class BaselineResolver(SuperResolver):
 
     def base(self, lr: Tensor) -> Tensor:
         "First guess at the sharp tokens, b n d; with base='none' their mean."
-        return torch.einsum('bnd,nde->bne', lr, self.weight) + self.bias if self.config.base == 'token' else self.bias.expand_as(lr)
+        return torch.einsum('bnd,nde->bne', lr,
+                            self.weight) + self.bias if self.config.base == 'token' else self.bias.expand_as(lr)
 
     def residual(self, hr: Tensor, lr: Tensor) -> Tensor:
         "What is diffused, in units of its deviation: b n d."
@@ -127,8 +148,11 @@ class BaselineResolver(SuperResolver):
     ) -> dict:
         "Keyword arguments of the transformer."
         c, scaled = self.config, (lr - self.in_mean) / self.in_unit                  # b n d
-        if c.net == 'infdit': return dict(base=scaled, small=small_patches(image), embedding=with_quality(self.space.pictures(image), self.quality, quality))
-        return (dict(lr=scaled) if c.conditioning == 'concat' else {}) | (dict(base=scaled) if self.dit.config.base_dim else {}) | (dict(text=text) if c.text_dim else {})
+        if c.net == 'infdit':
+            return dict(base=scaled, small=small_patches(image),
+                        embedding=with_quality(self.space.pictures(image), self.quality, quality))
+        return (dict(lr=scaled) if c.conditioning == 'concat' else {}) | (dict(base=scaled) if self.dit.config.base_dim
+                else {}) | (dict(text=text) if c.text_dim else {})
 
     def loss(self,
         r: Tensor,                     # b n d, from `residual`
@@ -143,7 +167,9 @@ class BaselineResolver(SuperResolver):
         match self.config.objective:
             case 'flow': t, f, last = flow_times(b, generator), flow_loss, 1.
             case 'edm': t, f, last = edm_sigmas(b, generator), edm_loss, SIGMA_MAX
-            case _: t, f, last = sample_times(b, self.schedule, generator), partial(diffusion_loss, schedule=self.schedule), self.schedule.config.num_train_timesteps - 1
+            case _:
+                t, f, last = sample_times(b, self.schedule, generator), partial(diffusion_loss,
+                        schedule=self.schedule), self.schedule.config.num_train_timesteps - 1
         t[:k] = last
         return f(self.dit, r, cond, t, noise, drops=drops)
 
@@ -160,7 +186,8 @@ class BaselineResolver(SuperResolver):
     ) -> Tensor:
         "Sample sharp tokens b n d: DDIM, Euler or Heun."
         cond = self.conditions(lr, image, text, quality)
-        if guidance != 1 and 'text' not in cond: raise ValueError(f'guidance={guidance}: this model reads no captions, expected 1')
+        if guidance != 1 and 'text' not in cond:
+            raise ValueError(f'guidance={guidance}: this model reads no captions, expected 1')
         match self.config.objective:
             case 'flow': r = euler_sample(self.dit, noise, cond, steps, guidance, noise_scale, drop=('text',))
             case 'edm': r = heun_sample(self.dit, noise, cond, steps, noise_scale)

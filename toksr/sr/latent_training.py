@@ -64,7 +64,8 @@ class BaselineTask(Task):
     @torch.no_grad()
     def pair(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Text | None]:
         "Sharp tokens, low-resolution tokens (b n d each), low-resolution pictures b 3 h/k w/k and captions."
-        x, text = to_float(self.images[indices]).to(self.device), None if self.text is None else self.text.take(indices, self.device)
+        x, text = to_float(self.images[indices]).to(self.device), None if self.text is None else self.text.take(indices,
+                self.device)
         small = downscale(x, self.sr.config.factor)                                  # b 3 h/k w/k
         if self.tables: return *(z[indices].to(self.device) for z in self.tables), small, text
         return self.sr.tokenizer.encode(x, text).float(), self.sr.encode_lr(small, text).float(), small, text
@@ -102,27 +103,31 @@ class BaselineRecipe(Recipe):
     def config(self, text_dim: int = 384) -> BaselineConfig:
         "The part that decides shapes."
         own = {f.name for f in fields(BaselineConfig)} & {f.name for f in fields(self)}
-        return BaselineConfig(text_dim=text_dim if self.captions else 0, quality_dim=text_dim, **{k: getattr(self, k) for k in own})
+        return BaselineConfig(text_dim=text_dim if self.captions else 0, quality_dim=text_dim,
+                              **{k: getattr(self, k) for k in own})
 
 def build_baseline(recipe: BaselineRecipe, split: Split, tokenizer: nn.Module) -> BaselineResolver:
     "A rival before training, its closed-form parts measured on the first pictures of a split."
     sr = BaselineResolver(tokenizer, recipe.config(split.text.states.shape[2]), split.images.shape[1] // recipe.factor)
     images, text = split.images[:recipe.fit_on], split.text.index(slice(0, recipe.fit_on))
-    hr, lr = (encode_all(tokenizer, images, text, f, recipe.precision == 'bf16') for f in (0, recipe.factor))      # m n d
+    hr, lr = (encode_all(tokenizer, images, text, f, recipe.precision == 'bf16') for f in (0, recipe.factor))  # m n d
     if recipe.net != 'infdit': return sr.measure(hr, lr)
     return sr.measure(hr, lr, downscale(to_float(images), recipe.factor), text, quality_text(split))
 
 def quality_text(like: Split) -> Text | None:
-    "`QUALITY` in the terms of a split's encoder; none if the split's captions were made up (ClipSpace reads the sentences themselves)."
+    """`QUALITY` in the terms of a split's encoder; none if the split's captions were made up (ClipSpace reads the
+    sentences themselves)."""
     text = states(list(QUALITY), like.encoder)
     return text if text.pooled.shape[-1] == like.text.pooled.shape[-1] else None
 
-def train_baseline(recipe: BaselineRecipe, split: Split, tokenizer: nn.Module, root: Path | None = None) -> tuple[BaselineResolver, FitResult]:
+def train_baseline(recipe: BaselineRecipe, split: Split, tokenizer: nn.Module,
+                   root: Path | None = None) -> tuple[BaselineResolver, FitResult]:
     "Measure the closed-form parts, train the transformer; averaged weights come back."
     seed_everything(recipe.seed)
     torch.manual_seed(recipe.seed)
     sr = build_baseline(recipe, split, tokenizer)
-    tables = tuple(encode_all(tokenizer, split.images, split.text, f, recipe.precision == 'bf16') for f in (0, recipe.factor)) if recipe.pretokenise else None
+    tables = tuple(encode_all(tokenizer, split.images, split.text, f, recipe.precision == 'bf16')
+                   for f in (0, recipe.factor)) if recipe.pretokenise else None
     task = BaselineTask(sr, split.images, split.text, recipe.first, recipe.drop, tables)
     result = run(task, recipe, len(split), split.images, sr.bias, sr.in_mean, root=root)
     sr.dit.load_state_dict(result.ema_state['dit'])
@@ -132,15 +137,20 @@ def train_baseline(recipe: BaselineRecipe, split: Split, tokenizer: nn.Module, r
 def save_baseline(path: str | Path, sr: BaselineResolver, space: str, tokenizer_file: str | Path = '', **more) -> Path:
     "Write a rival in float16, with what its space is rebuilt from."
     tok = sr.tokenizer
-    where = dict(space=space, image=tok.image, patch=tok.patch) if space == 'pixels' else dict(space=space, tokenizer=Path(tokenizer_file).name, tokenizer_sha256=sha256_file(tokenizer_file))
-    return save_weights(path, sr, {'kind': 'rival', 'config': asdict(sr.config), 'small': sr.small} | where | more, torch.float16)
+    where = dict(space=space, image=tok.image, patch=tok.patch) if space == 'pixels' else dict(space=space,
+            tokenizer=Path(tokenizer_file).name, tokenizer_sha256=sha256_file(tokenizer_file))
+    return save_weights(path, sr, {'kind': 'rival', 'config': asdict(sr.config), 'small': sr.small} | where | more,
+                        torch.float16)
 
 def load_baseline(path: str | Path, tokenizer_file: str | Path = '') -> BaselineResolver:
     "Rebuild a rival on its tokenizer. `WeightsError` for a file of another kind, or trained on another tokenizer."
     state, meta = load_weights(path)
-    if meta.get('kind') != 'rival': raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a rival')
+    if meta.get('kind') != 'rival':
+        raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a rival')
     if meta['space'] != 'pixels' and (not tokenizer_file or meta['tokenizer_sha256'] != sha256_file(tokenizer_file)):
-        raise WeightsError(f'{path}: was trained on {meta["tokenizer"]}, and {tokenizer_file or "no file"} is not that; train it again (dvc repro) or fetch both files of one revision (git checkout -- models)')
+        raise WeightsError(f'{path}: was trained on {meta["tokenizer"]}, and {tokenizer_file or "no file"} is not '
+                           f'that; train it again (dvc repro) or fetch both files of one revision (git checkout '
+                           f'-- models)')
     tok = load_space(meta['space'], tokenizer_file, meta.get('image', 64), meta.get('patch', 4))
     return load_into(BaselineResolver(tok, BaselineConfig(**meta['config']), meta['small']), state, path).eval()
 

@@ -18,7 +18,8 @@ from ..layers.dit import blank, CrossAttention, DiTConfig, sinusoid_table, Token
 
 # %% ../../nbs/sr/05_pixels.ipynb #484c1541
 class PixelPatches(nn.Module):
-    "Squares of pixels as tokens, z = 2x - 1, b n 3p²; captions are ignored. `ValueError` names a picture that does not fit."
+    """Squares of pixels as tokens, z = 2x - 1, b n 3p²; captions are ignored. `ValueError` names a picture that
+    does not fit."""
     kind = 'pixels'
 
     def __init__(self,
@@ -30,23 +31,30 @@ class PixelPatches(nn.Module):
         self.image, self.patch, self.side = image, patch, image // patch
         self.n_tokens, self.width, self.bits = self.side**2, 3 * patch**2, 24. * image**2
 
-    def encode(self, image: Tensor, text: Text | None = None, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, image: Tensor, text: Text | None = None, sample: bool = False,
+               generator: torch.Generator | None = None) -> Tensor:
         "Pictures b 3 h w in [0,1] to patches b n d."
-        if tuple(image.shape[1:]) != (3, self.image, self.image): raise ValueError(f'image: expected shape (b, 3, {self.image}, {self.image}), got {tuple(image.shape)}; resize or crop it')
+        if tuple(image.shape[1:]) != (3, self.image, self.image):
+            raise ValueError(f'image: expected shape (b, 3, {self.image}, {self.image}), got {tuple(image.shape)}; '
+                             f'resize or crop it')
         return rearrange(2 * image.float() - 1, 'b c (y p) (x q) -> b (y x) (c p q)', p=self.patch, q=self.patch)
 
     def decode(self, z: Tensor, text: Text | None = None) -> Tensor:
         "Patches b n d to pictures b 3 h w, not clamped."
-        if tuple(z.shape[1:]) != (self.n_tokens, self.width): raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
-        return rearrange(z.float() / 2 + .5, 'b (y x) (c p q) -> b c (y p) (x q)', y=self.side, p=self.patch, q=self.patch)
+        if tuple(z.shape[1:]) != (self.n_tokens, self.width):
+            raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
+        return rearrange(z.float() / 2 + .5, 'b (y x) (c p q) -> b c (y p) (x q)', y=self.side, p=self.patch,
+                         q=self.patch)
 
-    def forward(self, image: Tensor, text: Text | None = None, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict]:
+    def forward(self, image: Tensor, text: Text | None = None,
+                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict]:
         "The picture again, its patches, and no losses."
         z = self.encode(image)
         return self.decode(z), z, {}
 
 # %% ../../nbs/sr/05_pixels.ipynb #257b2e48
-QUALITY = 'HD, high resolution, clear', 'noisy, blurry, low resolution'    # TokSR §4.1: the prompt and the negative prompt
+# TokSR §4.1: the prompt and the negative prompt
+QUALITY = 'HD, high resolution, clear', 'noisy, blurry, low resolution'
 
 class Lite0Space(nn.Module):
     "Unit vectors b 1280 of pictures (EfficientNet-Lite0), and of captions through a linear bridge that `fit` finds."
@@ -54,8 +62,10 @@ class Lite0Space(nn.Module):
 
     def __init__(self, text_width: int = 384):
         super().__init__()
-        self._net: list = []                                                        # loaded on first use; not part of the state
-        for name, v in dict(mean=torch.zeros(1280), bridge=torch.zeros(text_width, 1280), shift=torch.zeros(1280)).items(): self.register_buffer(name, v)
+        self._net: list = []  # loaded on first use; not part of the state
+        for name, v in dict(mean=torch.zeros(1280), bridge=torch.zeros(text_width, 1280),
+                            shift=torch.zeros(1280)).items():
+            self.register_buffer(name, v)
 
     def raw(self, image: Tensor) -> Tensor:
         "Pooled features of pictures b 3 h w, which are enlarged to 64 px if they are smaller."
@@ -66,14 +76,16 @@ class Lite0Space(nn.Module):
 
     @torch.no_grad()
     def fit(self, image: Tensor, text: Text, strength: float = 1.) -> 'Lite0Space':
-        "Centre on these pictures, and regress them on their captions with a penalty of `strength` times the mean variance."
+        """Centre on these pictures, and regress them on their captions with a penalty of `strength` times the mean
+        variance."""
         e = self.raw(image)
         self.mean.copy_(e.mean(0))
         y, x = F.normalize(e - self.mean, dim=-1), text.pooled.float()              # m 1280, m c
         xc = x - x.mean(0)
         cov = xc.T @ xc / len(x)
         w = torch.linalg.solve(cov + strength * cov.diagonal().mean() * torch.eye(len(cov)), xc.T @ y / len(x))
-        self.bridge.copy_(w); self.shift.copy_(y.mean(0) - x.mean(0) @ w)
+        self.bridge.copy_(w)
+        self.shift.copy_(y.mean(0) - x.mean(0) @ w)
         return self
 
     @torch.no_grad()
@@ -83,7 +95,8 @@ class Lite0Space(nn.Module):
 
     @torch.no_grad()
     def captions(self, text: Text) -> Tensor:
-        "Where the bridge puts captions: b 1280, not normalised, so that a caption it knows nothing about stays near the mean."
+        """Where the bridge puts captions: b 1280, not normalised, so that a caption it knows nothing about stays
+        near the mean."""
         return text.pooled.float() @ self.bridge + self.shift                       # b 1280
 
     def direction(self, quality: Text) -> Tensor:
@@ -93,20 +106,27 @@ class Lite0Space(nn.Module):
 
 # %% ../../nbs/sr/05_pixels.ipynb #d4722aeb
 class ClipSpace(nn.Module):
-    """CLIP's unit vectors of pictures and sentences, as in Inf-DiT: OpenCLIP ViT-L-14 `datacomp_xl_s13b_b90k` (MIT licence), b 768. Needs its weights (1.7 GB)
-    in the hub's cache; `FileNotFoundError` says so if they are missing. Nothing in profiles smoke, laptop and workstation uses it."""
+    """CLIP's unit vectors of pictures and sentences, as in Inf-DiT: OpenCLIP ViT-L-14 `datacomp_xl_s13b_b90k` (MIT
+    licence), b 768. Needs its weights (1.7 GB)
+    in the hub's cache; `FileNotFoundError` says so if they are missing. Nothing in profiles smoke, laptop and
+    workstation uses it."""
     width = 768
 
     def __init__(self, model: str = 'ViT-L-14', weights: str | None = 'datacomp_xl_s13b_b90k'):
         super().__init__()
         try: import open_clip
-        except ModuleNotFoundError: raise FileNotFoundError('ClipSpace: package open_clip_torch is missing; pip install open_clip_torch') from None
+        except ModuleNotFoundError:
+            raise FileNotFoundError('ClipSpace: package open_clip_torch is missing; pip install open_clip_torch') from None
         try: net, _, _ = open_clip.create_model_and_transforms(model, pretrained=weights)
-        except (OSError, RuntimeError) as e: raise FileNotFoundError(f'ClipSpace: {model} {weights} could not be loaded ({type(e).__name__}); connect to the hub once, or use embedding=lite0') from e
+        except (OSError, RuntimeError) as e:
+            raise FileNotFoundError(f'ClipSpace: {model} {weights} could not be loaded ({type(e).__name__}); connect '
+                                    f'to the hub once, or use embedding=lite0') from e
         self._net, self.tokenize = [net.eval().requires_grad_(False)], open_clip.get_tokenizer(model)
-        self.width, self.side = net.text_projection.shape[-1] if hasattr(net, 'text_projection') else 768, net.visual.image_size[0]
+        self.width, self.side = net.text_projection.shape[-1] if hasattr(net,
+                'text_projection') else 768, net.visual.image_size[0]
         mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-        self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1), persistent=False); self.register_buffer('std', torch.tensor(std).view(3, 1, 1), persistent=False)
+        self.register_buffer('mean', torch.tensor(mean).view(3, 1, 1), persistent=False)
+        self.register_buffer('std', torch.tensor(std).view(3, 1, 1), persistent=False)
 
     def fit(self, image: Tensor, text: Text | None, strength: float = 1.) -> 'ClipSpace':
         "Nothing to fit."
@@ -116,7 +136,8 @@ class ClipSpace(nn.Module):
     def pictures(self, image: Tensor) -> Tensor:
         "Unit vectors of pictures b 3 h w in [0,1]."
         self._net[0].to(image.device)
-        x = F.interpolate(image.float(), size=(self.side, self.side), mode='bicubic', antialias=True, align_corners=False).clamp(0, 1)
+        x = F.interpolate(image.float(), size=(self.side, self.side), mode='bicubic', antialias=True,
+                          align_corners=False).clamp(0, 1)
         return F.normalize(self._net[0].encode_image((x - self.mean) / self.std).float(), dim=-1)
 
     @torch.no_grad()
@@ -147,15 +168,20 @@ class InfDiT(TokenDiT):
         embedding: int = 1280,     # numbers of the global vector
     ):
         for name, want in dict(conditioning='none', text_dim=0, base_dim=config.token_dim).items():
-            if getattr(config, name) != want: raise ValueError(f'InfDiT: {name} must be {want!r}, got {getattr(config, name)!r}')
+            if getattr(config, name) != want:
+                raise ValueError(f'InfDiT: {name} must be {want!r}, got {getattr(config, name)!r}')
         super().__init__(config)
         c = config
         self.n_small, self.small_dim = n_small, small_dim
-        self.small_embedder, self.small_pos = nn.Linear(small_dim, c.width), nn.Parameter(sinusoid_table(n_small, c.width))   # 1 m width
+        # 1 m width
+        self.small_embedder, self.small_pos = nn.Linear(small_dim,
+                                                        c.width), nn.Parameter(sinusoid_table(n_small, c.width))
         self.blocks[0].cross = CrossAttention(c.width, c.heads, c.attention)
         self.global_embedder = nn.Sequential(nn.Linear(embedding, c.width), nn.SiLU(), nn.Linear(c.width, c.width))
         new = self.small_embedder, *self.blocks[0].cross.children(), self.global_embedder[0], self.global_embedder[2]
-        for m in new: nn.init.xavier_uniform_(m.weight); nn.init.zeros_(m.bias)
+        for m in new:
+            nn.init.xavier_uniform_(m.weight)
+            nn.init.zeros_(m.bias)
         for m in (self.blocks[0].cross.proj, self.global_embedder[2]): nn.init.zeros_(m.weight)
 
     def forward(self,
@@ -168,16 +194,21 @@ class InfDiT(TokenDiT):
         drop_lr: Tensor | None = None,      # b bool, whose low-resolution conditions are dropped (Inf-DiT drops none)
     ) -> Tensor:
         "Give the prediction, b n d. `ValueError` on a wrong shape."
-        for name, v, shape in (('x', x, (self.config.n_tokens, self.config.token_dim)), ('base', base, (self.config.n_tokens, self.config.token_dim)), ('small', small, (self.n_small, self.small_dim))):
-            if tuple(v.shape[1:]) != shape: raise ValueError(f'InfDiT: {name} must have shape (b, {shape[0]}, {shape[1]}), got {tuple(v.shape)}')
+        for name, v, shape in (('x', x, (self.config.n_tokens, self.config.token_dim)),
+                               ('base', base, (self.config.n_tokens, self.config.token_dim)),
+                               ('small', small, (self.n_small, self.small_dim))):
+            if tuple(v.shape[1:]) != shape:
+                raise ValueError(f'InfDiT: {name} must have shape (b, {shape[0]}, {shape[1]}), got {tuple(v.shape)}')
         h = self.rows(x, None, base, drop_lr)                                                    # b n width
         c = self.t_embedder(t) + self.global_embedder(blank(embedding, drop_lr))                 # b width
         k = self.small_embedder(blank(small, drop_lr)) + self.small_pos                          # b m width
-        for block in self.blocks: h = block(h, c, k, None)                                       # only the first one attends to k
+        for block in self.blocks: h = block(h, c, k, None)  # only the first one attends to k
         return self.final_layer(h, c)                                                            # b n d
 
 # %% ../../nbs/sr/05_pixels.ipynb #35fd2270
 def small_patches(image: Tensor, patch: int = 2) -> Tensor:
     "Cut low-resolution pictures b 3 h w in [0,1] into squares, b m 3p², in [-1,1]."
-    if image.shape[-1] % patch or image.shape[-2] % patch: raise ValueError(f'patch: {patch} does not divide the sides {tuple(image.shape[-2:])} of the low-resolution picture')
+    if image.shape[-1] % patch or image.shape[-2] % patch:
+        raise ValueError(f'patch: {patch} does not divide the sides {tuple(image.shape[-2:])} of the '
+                         f'low-resolution picture')
     return rearrange(2 * image.float() - 1, 'b c (y p) (x q) -> b (y x) (c p q)', p=patch, q=patch)

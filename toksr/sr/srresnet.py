@@ -35,14 +35,16 @@ class SRResNetConfig:
 
     def __post_init__(self):
         if self.factor not in (2, 4, 8): raise ValueError(f'factor={self.factor} must be 2, 4 or 8')
-        if min(self.width, self.blocks, self.up_width) < 1: raise ValueError('width, blocks and up_width must be at least 1')
+        if min(self.width, self.blocks, self.up_width) < 1:
+            raise ValueError('width, blocks and up_width must be at least 1')
 
 class ResidualBlock(nn.Module):
     "Two convolutions beside a straight path; the second starts at zero, so that a deep net starts as a shallow one."
     def __init__(self, width: int):
         super().__init__()
         self.conv1, self.conv2 = nn.Conv2d(width, width, 3, padding=1), nn.Conv2d(width, width, 3, padding=1)
-        nn.init.zeros_(self.conv2.weight); nn.init.zeros_(self.conv2.bias)
+        nn.init.zeros_(self.conv2.weight)
+        nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x: Tensor) -> Tensor: return x + self.conv2(F.relu(self.conv1(x)))
 
@@ -56,7 +58,8 @@ class SRResNet(nn.Module):
         self.grow = nn.Conv2d(c.width, c.up_width * up**2, 3, padding=1)
         self.shuffle, self.refine = nn.PixelShuffle(up), ResidualBlock(c.up_width)
         self.last = nn.Conv2d(c.up_width, 3 * 4, 3, padding=1)
-        nn.init.zeros_(self.last.weight); nn.init.zeros_(self.last.bias)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
 
     def forward(self, lr: Tensor) -> Tensor:
         x = (lr - .5).contiguous(memory_format=torch.channels_last)              # b 3 h w
@@ -91,12 +94,14 @@ class UpscalerTask(Task):
         hr = torch.from_numpy(self.images[indices]).to(self.device).permute(0, 3, 1, 2) / 255.   # b 3 H W
         flip = torch.rand(len(hr), generator=generator) < .5
         hr = torch.where(flip.to(hr.device)[:, None, None, None], hr.flip(-1), hr)
-        with torch.autocast(hr.device.type, torch.bfloat16, enabled=self.precision == 'bf16'): sr = net(downscale(hr, net.config.factor))
+        with torch.autocast(hr.device.type, torch.bfloat16, enabled=self.precision == 'bf16'):
+            sr = net(downscale(hr, net.config.factor))
         parts = {'mse': (sr.float() - hr).square().mean()}
         loss = parts['mse']
         if self.perceptual > 0 and step >= self.perceptual_from:
             with torch.autocast(hr.device.type, enabled=False): far = lite0_distance(sr.float(), hr, self.lite0).mean()
-            parts['lite0'] = far.float(); loss = loss + self.perceptual * parts['lite0']
+            parts['lite0'] = far.float()
+            loss = loss + self.perceptual * parts['lite0']
         return loss, parts
 
 # %% ../../nbs/sr/08_srresnet.ipynb #91a464f6
@@ -111,7 +116,8 @@ def train_upscaler(recipe: UpscalerRecipe, split: Split, root: Path | None = Non
     "Train an `SRResNet` on a split."
     seed_everything(recipe.seed)
     net = SRResNet(SRResNetConfig(recipe.factor, recipe.channels, recipe.blocks))
-    task = UpscalerTask(net, split.images, Lite0(), recipe.perceptual, round(recipe.perceptual_start * recipe.steps), recipe.precision)
+    task = UpscalerTask(net, split.images, Lite0(), recipe.perceptual, round(recipe.perceptual_start * recipe.steps),
+                        recipe.precision)
     result = run(task, recipe, len(split), split.images, root=root)
     net.load_state_dict(result.ema_state['net'])
     return net.eval(), result

@@ -33,12 +33,13 @@ class SRConfig:
     type_embedding: bool = True    # departure [False]: tell noisy tokens from low-resolution tokens
     gate: float = 1.               # departure [0]: start value of the transformer's gates
     tie_qk: bool = True            # departure [False]: queries and keys start equal
-    retouch: int = 64              # departure [0]: channels of a small convolutional net on the decoded picture, 0 for none
+    retouch: int = 64  # departure [0]: channels of a small convolutional net on the decoded picture, 0 for none
     attention: str = 'math'        # how attention is computed; no effect on the result
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed: raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
         if not 0 <= self.whiten <= 1: raise ValueError(f'whiten: expected a number from 0 to 1, got {self.whiten}')
         if self.retouch < 0: raise ValueError(f'retouch: expected 0 or a number of channels, got {self.retouch}')
         if self.factor < 2: raise ValueError(f'factor: expected 2 or more, got {self.factor}')
@@ -50,7 +51,8 @@ def ridge(
     strength: float = 1e-4, # added to the diagonal, as a share of the mean variance of x
 ) -> tuple[Tensor, Tensor]: # weight p q, bias q, float32
     "Fit y = x @ weight + bias by least squares with a little shrinkage, in float64."
-    if len(x) != len(y) or len(x) < 2: raise ValueError(f'ridge: expected equally many inputs and targets, at least 2, got {len(x)} and {len(y)}')
+    if len(x) != len(y) or len(x) < 2:
+        raise ValueError(f'ridge: expected equally many inputs and targets, at least 2, got {len(x)} and {len(y)}')
     mx, my = x.double().mean(0), y.double().mean(0)
     xc, yc = x.double() - mx, y.double() - my
     cov = xc.T @ xc / len(x)                                                        # p p
@@ -67,14 +69,16 @@ class SuperResolver(nn.Module):
     ):
         super().__init__()
         c, n, d = config, tokenizer.n_tokens, tokenizer.width
-        self.config, self._tokenizer = config, [tokenizer.eval().requires_grad_(False)]   # a list: not part of the state
+        self.config, self._tokenizer = config, [tokenizer.eval().requires_grad_(False)]  # a list: not part of the state
         self.schedule = make_schedule(c.schedule, c.prediction)
-        self.dit = TokenDiT(DiTConfig.named(c.dit, n_tokens=n, token_dim=d, text_dim=c.text_dim, type_embedding=c.type_embedding, gate=c.gate, tie_qk=c.tie_qk,
+        self.dit = TokenDiT(DiTConfig.named(c.dit, n_tokens=n, token_dim=d, text_dim=c.text_dim,
+                                            type_embedding=c.type_embedding, gate=c.gate, tie_qk=c.tie_qk,
                                             base_dim=d if c.base == 'ridge' else 0, attention=c.attention))
         self.retouch = ConvHead(c.retouch, 2) if c.retouch else None
         if self.retouch: self.retouch.initialise(torch.Generator().manual_seed(0))
         for name, v in dict(weight=torch.zeros(n * d, n * d), bias=torch.zeros(n * d), unit=torch.ones(n * d),
-                            in_mean=torch.zeros(n * d), in_unit=torch.ones(n * d)).items(): self.register_buffer(name, v)
+                            in_mean=torch.zeros(n * d), in_unit=torch.ones(n * d)).items():
+                                self.register_buffer(name, v)
 
     @property
     def tokenizer(self) -> nn.Module: return self._tokenizer[0]
@@ -86,9 +90,12 @@ class SuperResolver(nn.Module):
     ) -> 'SuperResolver':
         "Fit the closed-form parts to training tokens."
         x, y = lr.flatten(1).float(), hr.flatten(1).float()
-        self.in_mean.copy_(x.mean(0)); self.in_unit.copy_(x.std(0).clamp_min(1e-3 * x.std()))
+        self.in_mean.copy_(x.mean(0))
+        self.in_unit.copy_(x.std(0).clamp_min(1e-3 * x.std()))
         if self.config.base == 'ridge':
-            w, b = ridge(x, y); self.weight.copy_(w); self.bias.copy_(b)
+            w, b = ridge(x, y)
+            self.weight.copy_(w)
+            self.bias.copy_(b)
         else: self.bias.copy_(y.mean(0))
         self.unit.copy_(self.common((y - self.base(lr).flatten(1)).std(0)))
         return self

@@ -47,8 +47,11 @@ class SRTask(Task):
         first: float = 0.,              # departure [0]: share of the batch at the terminal time
         drop: float = .15,              # probability of dropping caption and low-resolution tokens, each
     ):
-        if image and sr.config.prediction == 'epsilon': raise ValueError("image: a picture loss needs prediction 'sample' or 'v'; from epsilon, the picture at the terminal time is noise divided by almost nothing")
-        if image and perceptual and distance is None: raise ValueError('distance: expected a perceptual distance (a, b) -> b when perceptual > 0')
+        if image and sr.config.prediction == 'epsilon':
+            raise ValueError("image: a picture loss needs prediction 'sample' or 'v'; from epsilon, the picture at "
+                             "the terminal time is noise divided by almost nothing")
+        if image and perceptual and distance is None:
+            raise ValueError('distance: expected a perceptual distance (a, b) -> b when perceptual > 0')
         self.sr, self.images, self.hr, self.lr, self.text = sr, images, hr, lr, text
         self.weights = dict(latent=latent, image=image, perceptual=perceptual)
         self.image_start, self.perceptual_start, self.distance = image_start, perceptual_start, distance
@@ -74,7 +77,8 @@ class SRTask(Task):
         parts, total = {'latent': loss.detach()}, self.weights['latent'] * loss
         if self.weights['image'] and step >= self.image_start:
             told = ~drops['drop_lr']
-            picture, parts_ = self.picture(to_x0(pred, x_t, t, self.sr.schedule)[told], zl[told], text and text.index(told.nonzero()[:, 0]), indices[told.cpu().numpy()], step)
+            picture, parts_ = self.picture(to_x0(pred, x_t, t, self.sr.schedule)[told], zl[told],
+                                           text and text.index(told.nonzero()[:, 0]), indices[told.cpu().numpy()], step)
             total, parts = total + self.weights['image'] * picture, parts | parts_
         return total, parts
 
@@ -84,7 +88,8 @@ class SRTask(Task):
         out = self.sr.decode(self.sr.finish(x0, zl), text)                          # b 3 h w
         with torch.autocast(y.device.type, enabled=False):
             out = back_project_free(out.float(), downscale(y, self.sr.config.factor), self.consistency)
-            mse = F.mse_loss(out, y); parts = {'mse': mse.detach()}
+            mse = F.mse_loss(out, y)
+            parts = {'mse': mse.detach()}
             if not self.weights['perceptual'] or step < self.perceptual_start: return mse, parts
             seen = self.distance(out, y).mean()
         return mse + self.weights['perceptual'] * seen, parts | {'perceptual': seen.detach()}
@@ -120,13 +125,18 @@ class SRRecipe(Recipe):
         own = {f.name for f in fields(SRConfig)} & {f.name for f in fields(self)}
         return SRConfig(text_dim=text_dim, schedule=self.noise, **{k: getattr(self, k) for k in own if k != 'schedule'})
 
-def train_sr(recipe: SRRecipe, split: Split, tokenizer: Tokenizer, root: Path | None = None) -> tuple[SuperResolver, FitResult]:
+def train_sr(recipe: SRRecipe, split: Split, tokenizer: Tokenizer,
+             root: Path | None = None) -> tuple[SuperResolver, FitResult]:
     "Pre-tokenise a split, measure the closed-form parts, train the transformer; averaged weights come back."
     seed_everything(recipe.seed)
     torch.manual_seed(recipe.seed)
-    hr, lr = (encode_all(tokenizer, split.images, split.text, f, recipe.precision == 'bf16') for f in (0, recipe.factor))      # n n_tokens d
+    # n n_tokens d
+    hr, lr = (encode_all(tokenizer, split.images, split.text, f, recipe.precision == 'bf16')
+              for f in (0, recipe.factor))
     sr = SuperResolver(tokenizer, recipe.config(split.text.states.shape[2])).measure(hr, lr)
-    task = SRTask(sr, split.images, hr, lr, split.text, recipe.latent, recipe.image, round(recipe.image_start * recipe.steps), recipe.perceptual, round(recipe.perceptual_start * recipe.steps),
+    task = SRTask(sr, split.images, hr, lr, split.text, recipe.latent, recipe.image,
+                  round(recipe.image_start * recipe.steps), recipe.perceptual,
+                  round(recipe.perceptual_start * recipe.steps),
                   perceptual_distance(recipe.perceptual_net), recipe.consistency, recipe.first, recipe.drop)
     result = run(task, recipe, len(split), split.images, hr, root=root)
     for name, net in task.modules.items(): net.load_state_dict(result.ema_state[name])
@@ -135,7 +145,8 @@ def train_sr(recipe: SRRecipe, split: Split, tokenizer: Tokenizer, root: Path | 
 # %% ../../nbs/sr/03_training.ipynb #f9d6b78a
 def save_sr(path: str | Path, sr: SuperResolver, tokenizer_file: str | Path, **more) -> Path:
     "Write a super-resolver in float16, with the hash of its tokenizer's file."
-    meta = {'kind': 'sr', 'config': asdict(sr.config), 'tokenizer': Path(tokenizer_file).name, 'tokenizer_sha256': sha256_file(tokenizer_file)}
+    meta = {'kind': 'sr', 'config': asdict(sr.config), 'tokenizer': Path(tokenizer_file).name,
+            'tokenizer_sha256': sha256_file(tokenizer_file)}
     return save_weights(path, sr, meta | more, torch.float16)
 
 def load_sr(path: str | Path, tokenizer_file: str | Path) -> SuperResolver:
@@ -143,7 +154,8 @@ def load_sr(path: str | Path, tokenizer_file: str | Path) -> SuperResolver:
     state, meta = load_weights(path)
     _kind(meta, 'sr', path)
     if meta['tokenizer_sha256'] != sha256_file(tokenizer_file):
-        raise WeightsError(f'{path}: was trained on another tokenizer than {tokenizer_file}; train it again (dvc repro train_sr) or fetch both files of one revision (git checkout -- models)')
+        raise WeightsError(f'{path}: was trained on another tokenizer than {tokenizer_file}; train it again (dvc '
+                           f'repro train_sr) or fetch both files of one revision (git checkout -- models)')
     return load_into(SuperResolver(load_tokenizer(tokenizer_file), SRConfig(**meta['config'])), state, path).eval()
 
 # %% ../../nbs/sr/03_training.ipynb #77a1290c
@@ -160,10 +172,13 @@ def super_resolve(
     "Super-resolve all pictures: n 3 h w."
     noise = picture_noise(range(len(lr)), (sr.tokenizer.n_tokens, sr.tokenizer.width), seed)
     with on_gpu(*_nets(sr)) as device:
-        return torch.cat([sr.upscale(lr[s].to(device), text.take(s, device), noise[s].to(device), consistency, **sampling).cpu() for s in batches(len(lr), size)])
+        return torch.cat([sr.upscale(lr[s].to(device), text.take(s, device), noise[s].to(device), consistency,
+                                     **sampling).cpu() for s in batches(len(lr), size)])
 
 # %% ../../nbs/sr/03_training.ipynb #d59ac905
-SR_VARIANTS = dict(full='full recipe', regression='- regression (direct diffusion)', picture='- picture loss and retouching', retouching='- retouching', prediction='- clean-token prediction (v)', unit='- common unit (whitened)',
+SR_VARIANTS = dict(full='full recipe', regression='- regression (direct diffusion)',
+                   picture='- picture loss and retouching', retouching='- retouching',
+                   prediction='- clean-token prediction (v)', unit='- common unit (whitened)',
                gates='- open gates, tied queries', paper='paper: none of them')
 
 def sr_variants(
@@ -172,5 +187,7 @@ def sr_variants(
     "The recipe of every name in `SR_VARIANTS`."
     full, plain = SRRecipe(lr=2e-3, perceptual_start=.5, image_start=.4, first=.5, **own), dict(retouch=0, image=0.)
     without = lambda **changed: replace(full, **changed)
-    return dict(full=full, regression=without(base='none'), picture=without(**plain), retouching=without(retouch=0), prediction=without(prediction='v'), unit=without(whiten=1.), gates=without(gate=0., tie_qk=False),
-                paper=without(**plain, base='none', prediction='epsilon', noise='linear', whiten=1., first=0., gate=0., tie_qk=False, type_embedding=False, optimizer='adamw'))
+    return dict(full=full, regression=without(base='none'), picture=without(**plain), retouching=without(retouch=0),
+                prediction=without(prediction='v'), unit=without(whiten=1.), gates=without(gate=0., tie_qk=False),
+                paper=without(**plain, base='none', prediction='epsilon', noise='linear', whiten=1., first=0., gate=0.,
+                              tie_qk=False, type_embedding=False, optimizer='adamw'))

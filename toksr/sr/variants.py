@@ -49,9 +49,12 @@ class SRVariantConfig(SRConfig):
     def __post_init__(self):
         super().__post_init__()
         for name, allowed in (VARIANT_CHOICES | dict(features=tuple(FEATURES))).items():
-            if getattr(self, name) not in allowed: raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
         for name, only in (('base', 'none'), ('retouch', 0)):
-            if getattr(self, name) != only: raise ValueError(f'{name}: arms have none, so that nothing but the transformer answers; got {getattr(self, name)!r}')
+            if getattr(self, name) != only:
+                raise ValueError(f'{name}: arms have none, so that nothing but the transformer answers; got '
+                                 f'{getattr(self, name)!r}')
 
 # %% ../../nbs/sr/04_variants.ipynb #331d5906
 class VariantResolver(SuperResolver):
@@ -63,12 +66,17 @@ class VariantResolver(SuperResolver):
         nn.Module.__init__(self)
         c, n, d = config, tokenizer.n_tokens, tokenizer.width
         self.config, self._tokenizer, self.schedule = c, [tokenizer.eval().requires_grad_(False)], make_schedule(c.schedule, c.prediction)
-        self._features = [image_features(c.features)] if c.conditioning == 'cross' else []        # lists: not part of the state
+        # lists: not part of the state
+        self._features = [image_features(c.features)] if c.conditioning == 'cross' else []
         dims = self._features[0].dims if self._features else ()
-        self.dit = build_dit(ConditionedConfig.named(c.dit, n_tokens=n, token_dim=d, text_dim=c.text_dim, conditioning=c.conditioning, positions=c.positions, features=dims,
-                                                     type_embedding=c.type_embedding, gate=c.gate, tie_qk=c.tie_qk, attention=c.attention))
+        self.dit = build_dit(ConditionedConfig.named(c.dit, n_tokens=n, token_dim=d, text_dim=c.text_dim,
+                                                     conditioning=c.conditioning, positions=c.positions, features=dims,
+                                                     type_embedding=c.type_embedding, gate=c.gate, tie_qk=c.tie_qk,
+                                                     attention=c.attention))
         self.retouch, seen = None, sum(dims) or n * d
-        for name, v in dict(bias=torch.zeros(n * d), unit=torch.ones(n * d), in_mean=torch.zeros(seen), in_unit=torch.ones(seen)).items(): self.register_buffer(name, v)
+        for name, v in dict(bias=torch.zeros(n * d), unit=torch.ones(n * d), in_mean=torch.zeros(seen),
+                            in_unit=torch.ones(seen)).items():
+            self.register_buffer(name, v)
 
     def base(self, lr: Tensor) -> Tensor:
         "The mean of the sharp tokens, b n d: what is diffused is measured from there."
@@ -98,7 +106,8 @@ def conditions(
     "What `sr` is told of all pictures, after they have been shrunk: n n_tokens d, or n f."
     if sr.config.conditioning == 'concat': return encode_all(sr.tokenizer, images, text, sr.config.factor, bf16)
     with on_gpu(sr, sr.tokenizer, *sr.looking) as device:
-        return torch.cat([sr.encode_lr(downscale(to_float(images[s]).to(device), sr.config.factor)).cpu() for s in batches(len(images), 200)])
+        return torch.cat([sr.encode_lr(downscale(to_float(images[s]).to(device), sr.config.factor)).cpu()
+                          for s in batches(len(images), 200)])
 
 # %% ../../nbs/sr/04_variants.ipynb #0fd413e1
 class SRVariantTask(Task):
@@ -120,7 +129,8 @@ class SRVariantTask(Task):
         r = self.sr.residual(self.hr[indices].to(self.device), lr)                  # b n d
         t, noise = sample_times(len(r), self.sr.schedule, generator), torch.randn(r.shape, generator=generator)
         drops = draw_drops(len(r), generator, **self.drops)
-        loss = diffusion_loss(self.sr.dit, r, self.sr.told(lr, self.text.take(indices, self.device)), t, noise, self.sr.schedule, drops).mean()
+        loss = diffusion_loss(self.sr.dit, r, self.sr.told(lr, self.text.take(indices, self.device)), t, noise,
+                              self.sr.schedule, drops).mean()
         return loss, {'latent': loss.detach()}
 
 # %% ../../nbs/sr/04_variants.ipynb #4b3955d1
@@ -163,7 +173,8 @@ def train_variants(
         seed_everything(seed)
         sr = VariantResolver(tokenizer, recipe.config(split.text.states.shape[2]))
         if lr is None: lr = conditions(sr, split.images, split.text, recipe.precision == 'bf16')
-        result = run(SRVariantTask(sr.measure(hr, lr), hr, lr, split.text, recipe.drop_text, recipe.drop_lr), recipe, len(split), split.images, hr, root=root)
+        result = run(SRVariantTask(sr.measure(hr, lr), hr, lr, split.text, recipe.drop_text, recipe.drop_lr), recipe,
+                     len(split), split.images, hr, root=root)
         sr.dit.load_state_dict(result.ema_state['dit'])
         out[seed] = sr.eval(), result
     return out
@@ -186,11 +197,14 @@ def held_out_loss(
         noise = picture_noise(range(len(hr)), shape, seed * draws + k)
         for s in batches(len(hr)):
             r, t = sr.residual(hr[s], lr[s]), torch.full((len(hr[s]),), int((k + .5) * total / draws))
-            x_t, drops = sr.schedule.add_noise(r, noise[s], t), {f'drop_{name}': torch.full((len(r),), name not in told) for name in ('text', 'lr')}
+            x_t, drops = sr.schedule.add_noise(r, noise[s],
+                                               t), {f'drop_{name}': torch.full((len(r),), name not in told)
+                                                    for name in ('text', 'lr')}
             pred = sr.dit(x_t, t, **sr.told(lr[s], text.index(s)), **drops).float()
             miss = ((to_x0(pred, x_t, t, sr.schedule) - r) * sr.unit.view_as(r[0])).square().flatten(1).mean(1)
             parts = dict(loss=(pred - target(r, noise[s], t, sr.schedule)).square().flatten(1).mean(1),
-                         epsilon=(to_eps(pred, x_t, t, sr.schedule) - noise[s]).square().flatten(1).mean(1), raw=miss, relative=miss / scale)
+                         epsilon=(to_eps(pred, x_t, t, sr.schedule) - noise[s]).square().flatten(1).mean(1), raw=miss,
+                         relative=miss / scale)
             for name, v in parts.items(): rows.setdefault(name, []).append(v)
     return {name: torch.cat(v).view(draws, -1).mean(0).double().numpy() for name, v in rows.items()}
 
@@ -203,8 +217,10 @@ def save_variants(
 ) -> Path:
     "Write the arms of all seeds in float16."
     first = next(iter(arms.values()))
-    meta = dict(kind='sr_arms', config=asdict(first.config), seeds=list(arms), tokenizer=Path(tokenizer_file).name, tokenizer_sha256=sha256_file(tokenizer_file))
-    return save_weights(path, {f'{seed}.{k}': v for seed, sr in arms.items() for k, v in sr.state_dict().items()}, meta | more, torch.float16)
+    meta = dict(kind='sr_arms', config=asdict(first.config), seeds=list(arms), tokenizer=Path(tokenizer_file).name,
+                tokenizer_sha256=sha256_file(tokenizer_file))
+    return save_weights(path, {f'{seed}.{k}': v for seed, sr in arms.items() for k, v in sr.state_dict().items()},
+                        meta | more, torch.float16)
 
 def load_variants(
     path: str | Path,
@@ -213,9 +229,12 @@ def load_variants(
 ) -> dict[int, VariantResolver]:
     "Rebuild the arms of all seeds on their tokenizer. `WeightsError` for another kind of file or another tokenizer."
     state, meta = load_weights(path)
-    if meta.get('kind') != 'sr_arms': raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected arms of a super-resolver')
+    if meta.get('kind') != 'sr_arms':
+        raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected arms of a '
+                           f'super-resolver')
     if meta['tokenizer_sha256'] != sha256_file(tokenizer_file):
-        raise WeightsError(f'{path}: was trained on another tokenizer than {tokenizer_file}; train it again (dvc repro train_sr_arms) or fetch both files of one revision (git checkout -- models)')
+        raise WeightsError(f'{path}: was trained on another tokenizer than {tokenizer_file}; train it again (dvc '
+                           f'repro train_sr_arms) or fetch both files of one revision (git checkout -- models)')
     tokenizer, out = tokenizer or load_tokenizer(tokenizer_file), {}
     for seed in meta['seeds']:
         own = {k.partition('.')[2]: v for k, v in state.items() if k.partition('.')[0] == str(seed)}

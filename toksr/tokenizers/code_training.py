@@ -50,21 +50,27 @@ class CodeLoss(TokenizerLoss):
         super().__init__(config, perceptual, discriminator)
         self.l1, self.last = l1, [last]                               # in a list: it is the tokenizer's, not ours
 
-    def forward(self, image: Tensor, recon: Tensor, losses: dict[str, Tensor], step: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def forward(self, image: Tensor, recon: Tensor, losses: dict[str, Tensor], step: int) -> tuple[Tensor,
+                                                                                                   dict[str, Tensor]]:
         "The sum to minimise, and every term without its weight, detached."
         c = self.config
         with torch.autocast(image.device.type, enabled=False):
             image, recon = image.float(), recon.float()
             terms = {'rec': F.mse_loss(recon, image)}
             pixels = c.rec * terms['rec']
-            if self.l1: terms['l1'] = F.l1_loss(recon, image); pixels = pixels + self.l1 * terms['l1']
-            if c.perceptual and step >= c.perceptual_start: terms['perceptual'] = self.seen(recon, image); pixels = pixels + c.perceptual * terms['perceptual']
+            if self.l1:
+                terms['l1'] = F.l1_loss(recon, image)
+                pixels = pixels + self.l1 * terms['l1']
+            if c.perceptual and step >= c.perceptual_start:
+                terms['perceptual'] = self.seen(recon, image)
+                pixels = pixels + c.perceptual * terms['perceptual']
             total = pixels + c.vq * losses['vq']
             if self.is_adversarial(step):
                 self.judge.requires_grad_(False)                      # its turn comes in `discriminator`
                 terms['adv'] = hinge_generator(self.judge(recon))
                 self.judge.requires_grad_(True)
-                total = total + c.adv * terms['adv'] * (1. if self.last[0] is None else balance(pixels, terms['adv'], self.last[0]))
+                total = total + c.adv * terms['adv'] * (1. if self.last[0] is None
+                                                        else balance(pixels, terms['adv'], self.last[0]))
         return total, {k: v.detach() for k, v in (terms | {'vq': losses['vq']}).items()}
 
 class CodeTask(TokenizerTask):
@@ -115,7 +121,8 @@ class CodeRecipe(Recipe):
 
 # %% ../../nbs/tokenizers/12_code_training.ipynb #ae462f86
 def distance_of(name: str):
-    "A perceptual distance (a, b) -> b by name: those of `toksr.training.recipes`, or `lpips` alone, which needs downloaded weights."
+    """A perceptual distance (a, b) -> b by name: those of `toksr.training.recipes`, or `lpips` alone, which needs
+    downloaded weights."""
     if name != 'lpips': return perceptual_distance(name)
     net = LpipsVGG()
     return Distance(net.distance, net)
@@ -127,9 +134,11 @@ def build_codes(recipe: CodeRecipe, px: int) -> CodeTokenizer:
 def criterion(recipe: CodeRecipe, tokenizer: CodeTokenizer) -> CodeLoss:
     "The loss of a recipe, with its discriminator if the run is long enough to see one."
     r = recipe
-    config = LossConfig(rec=r.mse, perceptual=r.perceptual, vq=r.vq, adv=r.adv, adv_start=r.adv_start, perceptual_start=round(r.perceptual_start * r.steps), perceptual_share=r.perceptual_share)
+    config = LossConfig(rec=r.mse, perceptual=r.perceptual, vq=r.vq, adv=r.adv, adv_start=r.adv_start,
+                        perceptual_start=round(r.perceptual_start * r.steps), perceptual_share=r.perceptual_share)
     judge = Discriminator() if r.adv and r.adv_start < r.steps else None
-    return CodeLoss(config, distance_of(r.perceptual_net) if r.perceptual else None, judge, r.l1, tokenizer.decoder.net.conv_out.weight if r.adaptive else None)
+    return CodeLoss(config, distance_of(r.perceptual_net) if r.perceptual else None, judge, r.l1,
+                    tokenizer.decoder.net.conv_out.weight if r.adaptive else None)
 
 def train_codes(
     recipe: CodeRecipe, # or a `GuideRecipe`
@@ -139,7 +148,8 @@ def train_codes(
     "Train a tokenizer with codes, or a guide, on a split."
     seed_everything(recipe.seed)
     tok = build_codes(recipe, split.images.shape[1])
-    result = run(CodeTask(tok, split.images, None, criterion(recipe, tok), recipe.flip), recipe, len(split), split.images, root=root)
+    result = run(CodeTask(tok, split.images, None, criterion(recipe, tok), recipe.flip), recipe, len(split),
+                 split.images, root=root)
     tok.load_state_dict(result.ema_state['tokenizer'])
     return tok.eval(), result
 
@@ -147,11 +157,14 @@ def train_codes(
 def load_codes(path: str | Path) -> CodeTokenizer:
     "Rebuild a tokenizer with codes, or a guide. `WeightsError` for a file of another kind."
     tok = load_grid(path)
-    if not isinstance(tok, CodeTokenizer): raise WeightsError(f'{path}: holds a {tok.kind}, expected a tokenizer with codes; load it with toksr.tokenizers.grid_training.load_grid')
+    if not isinstance(tok, CodeTokenizer):
+        raise WeightsError(f'{path}: holds a {tok.kind}, expected a tokenizer with codes; load it with '
+                           f'toksr.tokenizers.grid_training.load_grid')
     return tok
 
 @torch.no_grad()
 def paint(tokenizer, images: np.ndarray) -> Tensor:
     "Encode and decode byte pictures n h w 3: what comes out, n 3 g g, not clamped."
     with on_gpu(tokenizer) as device:
-        return torch.cat([tokenizer.decode(tokenizer.encode(to_float(images[s]).to(device))).cpu() for s in batches(len(images))])
+        return torch.cat([tokenizer.decode(tokenizer.encode(to_float(images[s]).to(device))).cpu()
+                          for s in batches(len(images))])

@@ -18,7 +18,8 @@ from .grid import grid_side, GridTokenizer, Plain
 
 # %% ../../nbs/tokenizers/06_cosmos.ipynb #b0fe5819
 def haar(x: Tensor, levels: int = 2) -> Tensor:
-    "Fold b c s s into b (c 4^levels) s/2^levels s/2^levels: means first, then vertical, horizontal and diagonal differences."
+    """Fold b c s s into b (c 4^levels) s/2^levels s/2^levels: means first, then vertical, horizontal and diagonal
+    differences."""
     for _ in range(levels):
         a, b, c, d = rearrange(x, 'b c (h i) (w j) -> (i j) b c h w', i=2, j=2)
         x = torch.cat([a + b + c + d, a + b - c - d, a - b + c - d, a - b - c + d], 1) / 4
@@ -28,7 +29,8 @@ def unhaar(y: Tensor, levels: int = 2) -> Tensor:
     "Invert `haar`."
     for _ in range(levels):
         m, v, h, d = y.chunk(4, 1)
-        y = rearrange(torch.stack([m + v + h + d, m + v - h - d, m - v + h - d, m - v - h + d]), '(i j) b c h w -> b c (h i) (w j)', i=2)
+        y = rearrange(torch.stack([m + v + h + d, m + v - h - d, m - v + h - d, m - v - h + d]),
+                      '(i j) b c h w -> b c (h i) (w j)', i=2)
     return y
 
 # %% ../../nbs/tokenizers/06_cosmos.ipynb #485bb778
@@ -40,7 +42,8 @@ class FSQ(nn.Module):
         super().__init__()
         if min(levels) < 2: raise ValueError(f'levels: expected at least 2 each, got {tuple(levels)}')
         self.register_buffer('levels', torch.tensor(levels), persistent=False)
-        self.register_buffer('basis', torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]), persistent=False)
+        self.register_buffer('basis', torch.tensor([math.prod(levels[:i]) for i in range(len(levels))]),
+                             persistent=False)
         self.codes = math.prod(levels)
 
     def bits(self, n: int, d: int) -> float:
@@ -77,7 +80,8 @@ class FSQ(nn.Module):
 # %% ../../nbs/tokenizers/06_cosmos.ipynb #71498658
 @dataclass(frozen=True)
 class CosmosConfig:
-    "Everything that decides the shapes of a Cosmos image tokenizer; the defaults are the published ones (f16; CI8x8 has factor 8)."
+    """Everything that decides the shapes of a Cosmos image tokenizer; the defaults are the published ones (f16;
+    CI8x8 has factor 8)."""
     image: int = 256 # side of the image, pixels
     factor: int = 16 # pixels a token
     width: int = 16 # numbers per token (CI; for DI the number of `levels` counts)
@@ -93,7 +97,8 @@ class CosmosConfig:
     def __post_init__(self):
         halvings = math.log2(self.factor) - self.haar
         if halvings != int(halvings) or not 0 <= halvings <= len(self.channels):
-            raise ValueError(f'factor: expected {2**self.haar} times a power of 2 up to {2**len(self.channels)}, got {self.factor}')
+            raise ValueError(f'factor: expected {2**self.haar} times a power of 2 up to {2**len(self.channels)}, got '
+                             f'{self.factor}')
 
 # %% ../../nbs/tokenizers/06_cosmos.ipynb #3bb8b54b
 class Stack(nn.Module):
@@ -113,9 +118,15 @@ class Stack(nn.Module):
         stages, a = [], wide if is_up else c.stem
         for i, (b, s) in list(enumerate(zip(c.channels, sides)))[::-1 if is_up else 1]:
             kw = norm | (dict(attention_head_dim=b) if s == c.attention else {})
-            if is_up: stages.append((AttnUpDecoderBlock2D if s == c.attention else UpDecoderBlock2D)(a, b, num_layers=c.blocks + 1, add_upsample=i >= len(sides) - halvings, **kw))
-            elif s == c.attention: stages.append(AttnDownEncoderBlock2D(a, b, num_layers=c.blocks, downsample_padding=0, add_downsample=i < halvings, **kw))
-            else: stages.append(DownEncoderBlock2D(a, b, num_layers=c.blocks, downsample_padding=0, add_downsample=i < halvings, **kw))
+            if is_up:
+                stages.append((AttnUpDecoderBlock2D if s == c.attention else UpDecoderBlock2D)(a, b,
+                        num_layers=c.blocks + 1, add_upsample=i >= len(sides) - halvings, **kw))
+            elif s == c.attention:
+                stages.append(AttnDownEncoderBlock2D(a, b, num_layers=c.blocks, downsample_padding=0,
+                                                     add_downsample=i < halvings, **kw))
+            else:
+                stages.append(DownEncoderBlock2D(a, b, num_layers=c.blocks, downsample_padding=0,
+                                                 add_downsample=i < halvings, **kw))
             a = b
         self.conv_in = nn.Conv2d(into, wide if is_up else c.stem, 3, padding=1)
         self.body = nn.ModuleList([mid, *stages] if is_up else [*stages, mid])

@@ -47,7 +47,8 @@ class Gumbel(nn.Module):
         return self.embedding(index) + self.bias
 
     def forward(self, logits: Tensor, generator: torch.Generator | None = None) -> tuple[Tensor, dict[str, Tensor]]:
-        "Choose, or mix while training. Losses: 'uniform', nats an image from the uniform distribution, and 'perplexity' of the mean choice."
+        """Choose, or mix while training. Losses: 'uniform', nats an image from the uniform distribution, and
+        'perplexity' of the mean choice."""
         with torch.autocast(logits.device.type, enabled=False):
             scores = rearrange(logits.float(), 'b k 1 n -> b n k')
             p = scores.softmax(-1)
@@ -80,7 +81,8 @@ class DalleBlock(nn.Module):
         super().__init__()
         widths, self.gain = (a, b // 4, b // 4, b // 4, b), gain
         self.id_path = nn.Conv2d(a, b, 1) if a != b else nn.Identity()
-        self.res_path = nn.Sequential(*(m for i, k in enumerate(kernels) for m in (nn.ReLU(), nn.Conv2d(widths[i], widths[i + 1], k, padding=k // 2))))
+        self.res_path = nn.Sequential(*(m for i, k in enumerate(kernels)
+                                        for m in (nn.ReLU(), nn.Conv2d(widths[i], widths[i + 1], k, padding=k // 2))))
 
     def forward(self, x: Tensor) -> Tensor: return self.id_path(x) + self.gain * self.res_path(x)
 
@@ -116,12 +118,19 @@ class Dalle(GridTokenizer):
 
     def __init__(self, config: DalleConfig):
         c, n = config, len(config.channels)
-        super().__init__(c, Gumbel(c.codes, c.width, tau_steps=c.tau_steps), (grid_side(c.image, 2**(n - 1)),) * 2, c.width)
+        super().__init__(c, Gumbel(c.codes, c.width, tau_steps=c.tau_steps),
+                         (grid_side(c.image, 2**(n - 1)),) * 2, c.width)
         w = list(c.channels)
-        self.encoder = nn.Sequential(nn.Conv2d(3, w[0], c.input_kernel, padding=c.input_kernel // 2), *dalle_groups(w[:1] + w, c.blocks, (3, 3, 3, 1), lambda: nn.MaxPool2d(2)), nn.ReLU(), nn.Conv2d(w[-1], c.codes, 1))
-        self.decoder = nn.Sequential(*dalle_groups([c.width] + w[::-1], c.blocks, (1, 3, 3, 3), lambda: nn.Upsample(scale_factor=2)), nn.ReLU(), nn.Conv2d(w[0], 6, 1))
+        self.encoder = nn.Sequential(nn.Conv2d(3, w[0], c.input_kernel, padding=c.input_kernel // 2),
+                                     *dalle_groups(w[:1] + w, c.blocks, (3, 3, 3, 1), lambda: nn.MaxPool2d(2)),
+                                     nn.ReLU(), nn.Conv2d(w[-1], c.codes, 1))
+        self.decoder = nn.Sequential(*dalle_groups([c.width] + w[::-1], c.blocks, (1, 3, 3, 3),
+                                                   lambda: nn.Upsample(scale_factor=2)), nn.ReLU(),
+                                                   nn.Conv2d(w[0], 6, 1))
         for m in self.modules():
-            if isinstance(m, nn.Conv2d): nn.init.normal_(m.weight, std=m.weight[0].numel()**-.5); nn.init.zeros_(m.bias)
+            if isinstance(m, nn.Conv2d):
+                nn.init.normal_(m.weight, std=m.weight[0].numel()**-.5)
+                nn.init.zeros_(m.bias)
         nn.init.normal_(self.quantize.embedding.weight, std=c.codes**-.5)
 
     def at(self, progress: float):
@@ -140,7 +149,8 @@ class Dalle(GridTokenizer):
         "Images in [0.1, 0.9], b 3 s s."
         return self.likelihood(z)[0].sigmoid()
 
-    def forward(self, image: Tensor, text: Text | Tensor | None = None, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, image: Tensor, text: Text | Tensor | None = None,
+                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         "As every grid tokenizer; 'own' is the published loss, per subpixel: likelihood and weighted divergence."
         z, losses = self.quantize(self.moments(image), generator)
         mu, ln_b = self.likelihood(rearrange(z, 'b (h w) d -> b d h w', h=self.grid[0]))

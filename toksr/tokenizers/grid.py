@@ -39,9 +39,12 @@ class Plain(nn.Module):
 class GridTokenizer(nn.Module):
     """Turn images b 3 s s in [0,1] into a grid of tokens, z b n d with n = h w row by row, and back.
 
-    Subclasses set `kind`, `Config`, `low` and `high`, and write `analyse` and `synthesise`. A generator in `forward` means
-    training (draws are made); `encode` without `sample` is deterministic. Losses named 'kl' and 'vq' get their weight from
-    `toksr.training.losses.LossConfig`; 'own' is a sum that the model has weighted itself. Raises ValueError for images or latents that do not fit."""
+    Subclasses set `kind`, `Config`, `low` and `high`, and write `analyse` and `synthesise`. A generator in `forward`
+    means
+    training (draws are made); `encode` without `sample` is deterministic. Losses named 'kl' and 'vq' get their weight
+    from
+    `toksr.training.losses.LossConfig`; 'own' is a sum that the model has weighted itself. Raises ValueError for images
+    or latents that do not fit."""
     kind: ClassVar[str] = ''                 # written into files of weights
     Config: ClassVar[type]                   # frozen dataclass of settings; its `image` is the side of the pictures
     low: ClassVar[float] = 0.                # value of black inside
@@ -95,7 +98,8 @@ class GridTokenizer(nn.Module):
 
     def decode(self, z: Tensor, text: Text | Tensor | None = None) -> Tensor:
         "Decode latent tokens b n d to images b 3 s s, float32 and not clamped."
-        if tuple(z.shape[1:]) != (self.n_tokens, self.width): raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
+        if tuple(z.shape[1:]) != (self.n_tokens, self.width):
+            raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
         x = self.synthesise(rearrange(z, 'b (h w) d -> b d h w', h=self.grid[0]))
         return (x.float() - self.low) / (self.high - self.low)
 
@@ -119,12 +123,14 @@ class GridTokenizer(nn.Module):
         return self.quantize.lookup(index)
 
     def _need_codes(self, what: str):
-        if not self.is_discrete: raise ValueError(f'{what}: {self.kind} has no codes, its latents are continuous; use encode and decode')
+        if not self.is_discrete:
+            raise ValueError(f'{what}: {self.kind} has no codes, its latents are continuous; use encode and decode')
 
 # %% ../../nbs/tokenizers/03_grid.ipynb #c80bcc97
 def grid_side(image: int, factor: int) -> int:
     "Tokens along a side of the picture. `ValueError` if the factor does not divide it."
-    if image % factor: raise ValueError(f'image: {image} pixels are no multiple of the factor {factor}; resize or pad the pictures')
+    if image % factor:
+        raise ValueError(f'image: {image} pixels are no multiple of the factor {factor}; resize or pad the pictures')
     return image // factor
 
 @contextmanager
@@ -135,8 +141,11 @@ def first_weights(seed: int):
         yield
 
 def build(kind: str, config, seed: int = 0) -> GridTokenizer:
-    "A member of the family by name, from its `Config` or a dict of it. `ValueError` for a kind that no imported module defines."
-    if kind not in GridTokenizer.KINDS: raise ValueError(f'kind: expected one of {sorted(GridTokenizer.KINDS)}, got {kind!r}; import the module that defines it')
+    """A member of the family by name, from its `Config` or a dict of it. `ValueError` for a kind that no imported
+    module defines."""
+    if kind not in GridTokenizer.KINDS:
+        raise ValueError(f'kind: expected one of {sorted(GridTokenizer.KINDS)}, got {kind!r}; import the module that '
+                         f'defines it')
     cls = GridTokenizer.KINDS[kind]
     with first_weights(seed): return cls(cls.Config(**config) if isinstance(config, dict) else config)
 
@@ -162,24 +171,33 @@ class KLf8(GridTokenizer):
         c, n = config, len(config.channels)
         f = c.fold * 2**(n - 1)
         super().__init__(c, KL(), (grid_side(c.image, f),) * 2, c.width)
-        self.net = AutoencoderKL(3 * c.fold**2, 3 * c.fold**2, ('DownEncoderBlock2D',) * n, ('UpDecoderBlock2D',) * n, tuple(c.channels),
-                                 layers_per_block=c.blocks, latent_channels=c.width, norm_num_groups=c.groups, sample_size=c.image)
-        self.linear = nn.ModuleList([nn.Conv2d(3, c.width, f, f), nn.ConvTranspose2d(c.width, 3, f, f)]) if c.linear_path else None
+        self.net = AutoencoderKL(3 * c.fold**2, 3 * c.fold**2, ('DownEncoderBlock2D',) * n, ('UpDecoderBlock2D',) * n,
+                                 tuple(c.channels),
+                                 layers_per_block=c.blocks, latent_channels=c.width, norm_num_groups=c.groups,
+                                 sample_size=c.image)
+        self.linear = nn.ModuleList([nn.Conv2d(3, c.width, f, f),
+                                     nn.ConvTranspose2d(c.width, 3, f, f)]) if c.linear_path else None
         with torch.no_grad(): self.calm()
 
     def calm(self):
         "Start with quiet latents (`logvar_start`), and with networks that add nothing to the linear map."
         c, quant, last = self.config, self.net.quant_conv, self.net.decoder.conv_out
-        if c.logvar_start is not None: quant.weight[c.width:] = 0; quant.bias[c.width:] = c.logvar_start
+        if c.logvar_start is not None:
+            quant.weight[c.width:] = 0
+            quant.bias[c.width:] = c.logvar_start
         if self.linear is not None:
             for t in (quant.weight[:c.width], quant.bias[:c.width], last.weight, last.bias): t.zero_()
 
     @torch.no_grad()
     def init_linear(self, images: np.ndarray, seed: int = 0, n: int = 2000) -> 'KLf8':
-        "Make the linear map the principal components of the squares (one a token) of `n` byte images b s s 3, in a common unit."
-        if self.linear is None: raise ValueError('init_linear: this tokenizer has no linear path; set linear_path=True in its configuration')
+        """Make the linear map the principal components of the squares (one a token) of `n` byte images b s s 3, in
+        a common unit."""
+        if self.linear is None:
+            raise ValueError('init_linear: this tokenizer has no linear path; set linear_path=True in its '
+                             'configuration')
         f = self.linear[0].kernel_size[0]
-        some = images[torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))[:n].sort().values.numpy()]
+        some = images[torch.randperm(len(images),
+                                     generator=torch.Generator().manual_seed(seed))[:n].sort().values.numpy()]
         squares = rearrange(some, 'b (h i) (w j) c -> (b h w) i j c', i=f, j=f)
         pca = fit_pca(squares, self.width, seed)
         unit, basis = component_scale(pca.std), rearrange(pca.basis, '(c i j) d -> d c i j', i=f, j=f)
@@ -187,7 +205,8 @@ class KLf8(GridTokenizer):
         self.linear[0].bias.copy_((.5 - pca.mean) @ pca.basis / unit)
         self.linear[1].weight.copy_(2 * basis * unit[:, None, None, None])
         self.linear[1].bias.zero_()
-        self.net.decoder.conv_out.bias.copy_(rearrange(2 * pca.mean - 1, '(c i j) -> c i j', i=f, j=f).mean((1, 2)).repeat_interleave(self.config.fold**2))
+        self.net.decoder.conv_out.bias.copy_(rearrange(2 * pca.mean - 1, '(c i j) -> c i j', i=f,
+                                                       j=f).mean((1, 2)).repeat_interleave(self.config.fold**2))
         return self
 
     def analyse(self, x: Tensor) -> Tensor:

@@ -27,7 +27,8 @@ import toksr.tokenizers.omni
 
 # %% ../../nbs/tokenizers/11_grid_training.ipynb #8488a873
 class GridTask(TokenizerTask):
-    "Train a `GridTokenizer`: no captions; the model is told how far the training is, and its 'own' loss counts as it stands."
+    """Train a `GridTokenizer`: no captions; the model is told how far the training is, and its 'own' loss counts as
+    it stands."""
     def __init__(self,
         tokenizer: GridTokenizer,
         images: np.ndarray,         # n h w 3 uint8
@@ -84,7 +85,8 @@ class GridRecipe(Recipe):
 
     def config(self, px: int) -> dict:
         "The part that decides shapes, as the model's settings. `ValueError` for an unknown family."
-        if self.family not in GridTokenizer.KINDS: raise ValueError(f'family: expected one of {sorted(GridTokenizer.KINDS)}, got {self.family!r}')
+        if self.family not in GridTokenizer.KINDS:
+            raise ValueError(f'family: expected one of {sorted(GridTokenizer.KINDS)}, got {self.family!r}')
         known = {f.name for f in fields(GridTokenizer.KINDS[self.family].Config)} & {f.name for f in fields(self)}
         values = {k: getattr(self, k) for k in known}
         return {'image': px} | {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
@@ -104,22 +106,30 @@ def train_grid(
     seed_everything(recipe.seed)
     tok = tokenizer or build_grid(recipe, split.images.shape[1])
     if tokenizer is None and getattr(tok, 'linear', None) is not None: tok.init_linear(split.images, recipe.seed)
-    config = LossConfig(rec=recipe.rec, perceptual=recipe.perceptual, kl=recipe.kl, vq=recipe.vq, adv=recipe.adv, adv_start=recipe.adv_start,
-                        perceptual_start=round(recipe.perceptual_start * recipe.steps), perceptual_share=recipe.perceptual_share)
-    loss = TokenizerLoss(config, perceptual_distance(recipe.perceptual_net), Discriminator() if recipe.adv and recipe.adv_start < recipe.steps else None)
-    result = run(GridTask(tok, split.images, loss, recipe.steps, recipe.flip), recipe, len(split), split.images, root=root)
+    config = LossConfig(rec=recipe.rec, perceptual=recipe.perceptual, kl=recipe.kl, vq=recipe.vq, adv=recipe.adv,
+                        adv_start=recipe.adv_start,
+                        perceptual_start=round(recipe.perceptual_start * recipe.steps),
+                        perceptual_share=recipe.perceptual_share)
+    loss = TokenizerLoss(config, perceptual_distance(recipe.perceptual_net),
+                         Discriminator() if recipe.adv and recipe.adv_start < recipe.steps else None)
+    result = run(GridTask(tok, split.images, loss, recipe.steps, recipe.flip), recipe, len(split),
+                 split.images, root=root)
     tok.load_state_dict(result.ema_state['tokenizer'])
     return tok.eval(), result
 
 # %% ../../nbs/tokenizers/11_grid_training.ipynb #90b67301
 def save_grid(path: str | Path, tokenizer: GridTokenizer, **more) -> Path:
     "Write a grid tokenizer in float16 with the settings it is rebuilt from."
-    return save_weights(path, tokenizer, {'kind': 'grid', 'grid': tokenizer.kind, 'config': asdict(tokenizer.config)} | more, torch.float16)
+    return save_weights(path, tokenizer,
+                        {'kind': 'grid', 'grid': tokenizer.kind, 'config': asdict(tokenizer.config)} | more,
+                        torch.float16)
 
 def load_grid(path: str | Path) -> GridTokenizer:
-    "Rebuild a grid tokenizer. `WeightsError` for a file of another kind, or of a member of the family that no imported module defines."
+    """Rebuild a grid tokenizer. `WeightsError` for a file of another kind, or of a member of the family that no
+    imported module defines."""
     def make(meta: dict) -> GridTokenizer:
-        if meta.get('kind') != 'grid': raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a grid')
+        if meta.get('kind') != 'grid':
+            raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a grid')
         config = {k: tuple(v) if isinstance(v, list) else v for k, v in meta['config'].items()}
         try: return build(meta['grid'], config)
         except ValueError as e: raise WeightsError(f'{path}: {e}') from None

@@ -30,7 +30,8 @@ class SphereVQ(VQ):
 
 # %% ../../nbs/tokenizers/05_omni.ipynb #f34c4421
 def rotary(h: int, w: int, width: int) -> Tensor:
-    "Cosines and sines, 2 (h w) width/2, of the angles of each place; the first half of the pairs turn with the column, the others with the row."
+    """Cosines and sines, 2 (h w) width/2, of the angles of each place; the first half of the pairs turn with the
+    column, the others with the row."""
     place = torch.arange(h * w)
     freqs = 1e4 ** -(torch.arange(0, width, 4)[:width // 4].float() / width)                            # width/4
     angles = torch.stack([torch.outer(p.float(), freqs) for p in (place % w, place // w)], -1).flatten(1)   # n width/2
@@ -47,7 +48,8 @@ class GatedMLP(nn.Module):
     def __init__(self, width: int, ratio: float = 4.):
         super().__init__()
         hidden = int(ratio * 2 / 3 * width)
-        self.norm, self.into, self.out = nn.LayerNorm(width), nn.Linear(width, 2 * hidden, bias=False), nn.Linear(hidden, width, bias=False)
+        self.norm, self.into, self.out = nn.LayerNorm(width), nn.Linear(width, 2 * hidden,
+                bias=False), nn.Linear(hidden, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.into(self.norm(x)).chunk(2, -1)         # b n hidden
@@ -60,7 +62,8 @@ class GlobalBlock(nn.Module):
         super().__init__()
         self.heads, self.grid, e = heads, grid, width // heads
         self.peg = nn.Conv2d(width, width, 3, padding=1, groups=width)
-        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
+        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width, bias=False), nn.Linear(width,
+                width, bias=False)
         self.q_gamma, self.k_gamma = nn.Parameter(torch.ones(e)), nn.Parameter(torch.ones(e))
         self.mlp = GatedMLP(width)
         self.register_buffer('table', rotary(*grid, e), persistent=False)
@@ -69,8 +72,9 @@ class GlobalBlock(nn.Module):
         picture = rearrange(x, 'b (h w) d -> b d h w', h=self.grid[0])
         x = x + rearrange(self.peg(picture), 'b d h w -> b (h w) d')
         q, k, v = rearrange(self.qkv(self.norm(x)), 'b n (three h e) -> three b h n e', three=3, h=self.heads)
-        q, k = (F.normalize(turn(t.float(), self.table), dim=-1) * gamma for t, gamma in ((q, self.q_gamma), (k, self.k_gamma)))
-        a = (8 * q @ k.transpose(-2, -1)).softmax(-1).to(v.dtype)                     # b h n n; cosines times 8, as published
+        q, k = (F.normalize(turn(t.float(), self.table), dim=-1) * gamma
+                for t, gamma in ((q, self.q_gamma), (k, self.k_gamma)))
+        a = (8 * q @ k.transpose(-2, -1)).softmax(-1).to(v.dtype)  # b h n n; cosines times 8, as published
         x = x + self.proj(rearrange(a @ v, 'b h n e -> b n (h e)'))
         return x + self.mlp(x)
 
@@ -78,12 +82,15 @@ class WindowBlock(nn.Module):
     "Attention within squares of `window` tokens, b n d -> b n d."
     def __init__(self, width: int, heads: int, grid: tuple[int, int], window: int):
         super().__init__()
-        if grid[0] % window or grid[1] % window: raise ValueError(f'window: {window} does not divide a grid of {grid[0]} × {grid[1]} tokens; choose a divisor')
+        if grid[0] % window or grid[1] % window:
+            raise ValueError(f'window: {window} does not divide a grid of {grid[0]} × {grid[1]} tokens; choose '
+                             f'a divisor')
         self.heads, self.grid, self.window = heads, grid, window
-        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width)
+        self.norm, self.qkv, self.proj = nn.LayerNorm(width), nn.Linear(width, 3 * width,
+                                                                        bias=False), nn.Linear(width, width)
         self.bias_table = nn.Parameter(.02 * torch.randn((2 * window - 1)**2, heads))
-        place = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing='ij')).flatten(1)      # 2 n
-        offset = place[:, :, None] - place[:, None] + window - 1                                                       # 2 n n
+        place = torch.stack(torch.meshgrid(torch.arange(window), torch.arange(window), indexing='ij')).flatten(1)  # 2 n
+        offset = place[:, :, None] - place[:, None] + window - 1  # 2 n n
         self.register_buffer('offset', offset[0] * (2 * window - 1) + offset[1], persistent=False)
         self.mlp = GatedMLP(width)
 
@@ -114,7 +121,8 @@ class OmniConfig:
 
     def __post_init__(self):
         for name in ('encoder', 'decoder'):
-            if not (blocks := getattr(self, name)) or set(blocks) - set('tw'): raise ValueError(f'{name}: expected letters t and w, got {blocks!r}')
+            if not (blocks := getattr(self, name)) or set(blocks) - set('tw'):
+                raise ValueError(f'{name}: expected letters t and w, got {blocks!r}')
 
 class Omni(GridTokenizer):
     "The image part of OmniTokenizer: `patch` pixels a token."
@@ -123,7 +131,8 @@ class Omni(GridTokenizer):
     def __init__(self, config: OmniConfig):
         c = config
         super().__init__(c, SphereVQ(c.codes, c.width, revive=c.revive), (grid_side(c.image, c.patch),) * 2, c.width)
-        pixels, make = 3 * c.patch**2, lambda k: WindowBlock(c.hidden, c.heads, self.grid, c.window) if k == 'w' else GlobalBlock(c.hidden, c.heads, self.grid)
+        pixels, make = 3 * c.patch**2, lambda k: WindowBlock(c.hidden, c.heads, self.grid,
+                c.window) if k == 'w' else GlobalBlock(c.hidden, c.heads, self.grid)
         self.embed = nn.Sequential(nn.LayerNorm(pixels), nn.Linear(pixels, c.hidden), nn.LayerNorm(c.hidden))
         self.encoder = nn.Sequential(*map(make, c.encoder), nn.LayerNorm(c.hidden))
         self.to_code, self.from_code = nn.Linear(c.hidden, c.width), nn.Linear(c.width, c.hidden)
@@ -139,4 +148,5 @@ class Omni(GridTokenizer):
     def synthesise(self, z: Tensor) -> Tensor:
         "Images in [-0.5, 0.5], b 3 s s."
         y = self.final(self.decoder(self.from_code(rearrange(z, 'b d h w -> b (h w) d'))))               # b n pixels
-        return rearrange(y, 'b (h w) (c i j) -> b c (h i) (w j)', h=self.grid[0], i=self.config.patch, j=self.config.patch)
+        return rearrange(y, 'b (h w) (c i j) -> b c (h i) (w j)', h=self.grid[0], i=self.config.patch,
+                         j=self.config.patch)

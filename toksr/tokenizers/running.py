@@ -34,7 +34,8 @@ def encode_all(
         for s in batches(len(images), 200):
             x = to_float(images[s]).to(device)
             if factor: x = upscale(downscale(x, factor), factor)
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16): z = tokenizer.encode(x, None if text is None else text.take(s, device))
+            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                z = tokenizer.encode(x, None if text is None else text.take(s, device))
             out.append(z.float().cpu())
     return torch.cat(out)
 
@@ -44,7 +45,8 @@ def decode_all(decode, z: Tensor, text: Text | None) -> Tensor:
     nets = _nets(getattr(decode, '__self__', None))
     with on_gpu(*nets) as device:
         device = device if nets else z.device            # a plain function: it knows where it works
-        return torch.cat([decode(z[s].to(device), None if text is None else text.take(s, device)).cpu() for s in batches(len(z))])
+        return torch.cat([decode(z[s].to(device), None if text is None else text.take(s, device)).cpu()
+                          for s in batches(len(z))])
 
 def reconstruct(tokenizer: nn.Module, images: np.ndarray, text: Text | None) -> Tensor:
     "Encode and decode all pictures (the mode of the latents): n 3 h w."

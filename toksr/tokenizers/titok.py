@@ -24,25 +24,34 @@ from .towers import Decoder, Encoder, INITS, size, TokenizerConfig
 # %% ../../nbs/tokenizers/02_titok.ipynb #f4acec31
 def check_image(x: Tensor, side: int):
     "Refuse what is not a float batch b 3 side side in [0,1] (a little overshoot of a resize is fine)."
-    if x.ndim != 4 or tuple(x.shape[1:]) != (3, side, side): raise ValueError(f'image: expected shape (b, 3, {side}, {side}), got {tuple(x.shape)}; resize or crop it')
+    if x.ndim != 4 or tuple(x.shape[1:]) != (3, side, side):
+        raise ValueError(f'image: expected shape (b, 3, {side}, {side}), got {tuple(x.shape)}; resize or crop it')
     if not x.is_floating_point(): raise ValueError(f'image: expected floats in [0,1], got {x.dtype}; divide by 255')
     if x.device.type == 'meta': return
     lo, hi = (v.item() for v in x.detach().aminmax())
-    if not (-.25 <= lo and hi <= 1.25): raise ValueError(f'image: expected values in [0,1], got [{lo:.3g}, {hi:.3g}]; rescale it')
+    if not (-.25 <= lo and hi <= 1.25):
+        raise ValueError(f'image: expected values in [0,1], got [{lo:.3g}, {hi:.3g}]; rescale it')
 
 def check_text(text: Text | Tensor | None, c: TokenizerConfig, b: int):
     "Refuse missing text, or states of another batch, width or length than the configuration's."
-    if text is None: raise ValueError(f'text: this tokenizer reads captions (text_in={c.text_in!r}); pass the Text of the images, or of empty captions')
+    if text is None:
+        raise ValueError(f'text: this tokenizer reads captions (text_in={c.text_in!r}); pass the Text of the images, '
+                         f'or of empty captions')
     s = getattr(text, 'states', text)
     if s.ndim != 3 or len(s) != b or s.shape[2] != c.text_width or s.shape[1] > c.text_length:
-        raise ValueError(f'text: expected states of shape ({b}, up to {c.text_length}, {c.text_width}), got {tuple(s.shape)}; use the encoder this tokenizer was trained with')
+        raise ValueError(f'text: expected states of shape ({b}, up to {c.text_length}, {c.text_width}), got '
+                         f'{tuple(s.shape)}; use the encoder this tokenizer was trained with')
 
 def check_state(state: dict[str, Tensor], own: dict[str, Tensor], strict: bool):
     "Refuse weights that do not fit, naming the first key that does not."
     for k, v in state.items():
-        if k in own and v.shape != own[k].shape: raise ValueError(f'weights: {k} has shape {tuple(v.shape)}, this tokenizer needs {tuple(own[k].shape)}; use the configuration it was trained with')
+        if k in own and v.shape != own[k].shape:
+            raise ValueError(f'weights: {k} has shape {tuple(v.shape)}, this tokenizer needs {tuple(own[k].shape)}; '
+                             f'use the configuration it was trained with')
     missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
-    if strict and (missing or extra): raise ValueError(f'weights: {len(missing)} keys missing (first: {next(iter(missing), None)}), {len(extra)} unknown (first: {next(iter(extra), None)}); use the configuration it was trained with')
+    if strict and (missing or extra):
+        raise ValueError(f'weights: {len(missing)} keys missing (first: {next(iter(missing), None)}), {len(extra)} '
+                         f'unknown (first: {next(iter(extra), None)}); use the configuration it was trained with')
 
 # %% ../../nbs/tokenizers/02_titok.ipynb #db8fb1f4
 class Tokenizer(nn.Module):
@@ -76,20 +85,26 @@ class Tokenizer(nn.Module):
         out = self.encoder.conv_out
         if self.linear:
             for p in (*out.parameters(), *self.decoder.ffn.parameters(), self.decoder.conv_out.bias): p.zero_()
-        if self.config.bottleneck == 'kl' and self.config.logvar_start: out.weight[self.width:] = 0; out.bias[self.width:] = self.config.logvar_start
-        if self.config.bottleneck == 'vq': self.quantize.embedding.weight.uniform_(-1 / self.config.codes, 1 / self.config.codes, generator=g)
+        if self.config.bottleneck == 'kl' and self.config.logvar_start:
+            out.weight[self.width:] = 0
+            out.bias[self.width:] = self.config.logvar_start
+        if self.config.bottleneck == 'vq':
+            self.quantize.embedding.weight.uniform_(-1 / self.config.codes, 1 / self.config.codes, generator=g)
 
     def init_linear(self,
         pca: PCA, # of n_tokens * width components
         scale: Tensor | None = None, # units of the latents, see `component_scale`; default one common unit
     ) -> 'Tokenizer':
         "Load principal components into the linear path."
-        if self.linear is None: raise ValueError('init_linear: this tokenizer has no linear path; set linear_path=True in its configuration')
+        if self.linear is None:
+            raise ValueError('init_linear: this tokenizer has no linear path; set linear_path=True in its '
+                             'configuration')
         self.linear.load(pca, scale)
         return self
 
     def moments(self, image: Tensor, text: Text | Tensor | None = None) -> Tensor:
-        "Return what the encoder says, in the published layout: b 2d 1 n (kl: means, then log-variances) or b d 1 n (vq)."
+        """Return what the encoder says, in the published layout: b 2d 1 n (kl: means, then log-variances) or b d 1
+        n (vq)."""
         check_image(image, self.config.image)
         if self.config.text_in != 'none': check_text(text, self.config, len(image))
         m = self.encoder(image, self.latent_tokens, text)                            # b n 2d
@@ -107,8 +122,10 @@ class Tokenizer(nn.Module):
         return self.quantize(self.moments(image, text), generator if sample else None)[0]
 
     def decode(self, z: Tensor, text: Text | Tensor | None = None) -> Tensor:
-        "Decode latent tokens b n d to images b 3 h w, float32 and not clamped: clamp to [0,1] before showing or measuring."
-        if tuple(z.shape[1:]) != (self.n_tokens, self.width): raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
+        """Decode latent tokens b n d to images b 3 h w, float32 and not clamped: clamp to [0,1] before showing or
+        measuring."""
+        if tuple(z.shape[1:]) != (self.n_tokens, self.width):
+            raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
         if self.config.text_in != 'none': check_text(text, self.config, len(z))
         x = self.decoder(z, text)                                                    # b 3 h w
         if self.linear: x = x + self.linear.decode(z)
@@ -147,7 +164,8 @@ class PCATokenizer(nn.Module):
         tok.linear.load(fit_pca(images, n_tokens * width, seed))
         return tok
 
-    def encode(self, image: Tensor, text: Text | None = None, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, image: Tensor, text: Text | None = None, sample: bool = False,
+               generator: torch.Generator | None = None) -> Tensor:
         "Images b 3 h w in [0,1] to scores b n d."
         check_image(image, self.linear.side)
         return self.linear.encode(image)
@@ -159,12 +177,14 @@ class PCATokenizer(nn.Module):
 # %% ../../nbs/tokenizers/02_titok.ipynb #87f89904
 def save_tokenizer(path: str | Path, tokenizer: Tokenizer, **more) -> Path:
     "Write a tokenizer in float16 with the settings it is rebuilt from."
-    return save_weights(path, tokenizer, {'kind': 'tokenizer', 'config': asdict(tokenizer.config)} | more, torch.float16)
+    return save_weights(path, tokenizer, {'kind': 'tokenizer', 'config': asdict(tokenizer.config)} | more,
+                        torch.float16)
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
     "Rebuild a tokenizer. `WeightsError` for a file of another kind."
     return from_checkpoint(path, lambda meta: Tokenizer(TokenizerConfig(**_kind(meta, 'tokenizer', path)['config'])))
 
 def _kind(meta: dict, kind: str, path: str | Path) -> dict:
-    if meta.get('kind') != kind: raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a {kind}')
+    if meta.get('kind') != kind:
+        raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a {kind}')
     return meta

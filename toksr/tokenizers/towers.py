@@ -39,7 +39,8 @@ def size(name: str | dict) -> Size:
     return Size(width, layers, int(m[3]) if m[3] else max(1, width // 32))
 
 # %% ../../nbs/tokenizers/01_towers.ipynb #76735239
-CHOICES = dict(text_in=('none', 'decoder', 'both'), bottleneck=('kl', 'vq'), attention=ATTENTIONS, activation=ACTIVATIONS,
+CHOICES = dict(text_in=('none', 'decoder', 'both'), bottleneck=('kl', 'vq'), attention=ATTENTIONS,
+               activation=ACTIVATIONS,
     revive=REVIVALS, init=('upstream', 'fan_in_pos', 'roles'), head=('none', 'conv'))
 
 @dataclass(frozen=True)
@@ -70,9 +71,11 @@ class TokenizerConfig:
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed: raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
+            if getattr(self, name) not in allowed:
+                raise ValueError(f'{name}: expected one of {allowed}, got {getattr(self, name)!r}')
         if self.image % self.patch: raise ValueError(f'patch: {self.patch} does not divide the image side {self.image}')
-        if min(self.n_tokens, self.width, self.text_length) < 1: raise ValueError('n_tokens, width and text_length must be at least 1')
+        if min(self.n_tokens, self.width, self.text_length) < 1:
+            raise ValueError('n_tokens, width and text_length must be at least 1')
 
 # %% ../../nbs/tokenizers/01_towers.ipynb #d1fb696e
 TOKENIZERS = {
@@ -80,7 +83,8 @@ TOKENIZERS = {
     'ta-titok-bl32': TokenizerConfig(decoder='large', text_in='decoder'),
     'textok-vae': TokenizerConfig(),
     'textok-vq': TokenizerConfig(bottleneck='vq', width=64, revive='closest'),
-    'laptop': TokenizerConfig(image=64, encoder='d128x4', decoder='d128x4', text_width=384, text_length=24, activation='relu2', mask_text=True),
+    'laptop': TokenizerConfig(image=64, encoder='d128x4', decoder='d128x4', text_width=384, text_length=24,
+                              activation='relu2', mask_text=True),
 }
 
 # %% ../../nbs/tokenizers/01_towers.ipynb #6833b1a4
@@ -96,7 +100,8 @@ class Tower(nn.Module):
             self.text_guidance_proj = nn.Linear(c.text_width, s.width)
             self.text_guidance_positional_embedding = nn.Parameter(torch.zeros(c.text_length, s.width))
         self.ln_pre, self.ln_post = nn.LayerNorm(s.width), nn.LayerNorm(s.width)
-        self.transformer = nn.ModuleList(ResidualAttentionBlock(s.width, s.heads, c.attention, c.activation) for _ in range(s.layers))
+        self.transformer = nn.ModuleList(ResidualAttentionBlock(s.width, s.heads, c.attention, c.activation)
+                                         for _ in range(s.layers))
 
     def words(self, text: Text | Tensor) -> Tensor:
         "Project text states and add their positions: b l d."
@@ -160,11 +165,13 @@ def draw_(p: Tensor, std: float, g: torch.Generator):
 
 def embeddings(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     "List the bare parameters (positions, class, mask and latent tokens): those that belong to no layer."
-    return [(n, p) for n, p in module.named_parameters() if n.split('.')[-1].endswith(('embedding', 'mask_token', 'latent_tokens'))]
+    return [(n, p) for n, p in module.named_parameters()
+            if n.split('.')[-1].endswith(('embedding', 'mask_token', 'latent_tokens'))]
 
 @torch.no_grad()
 def init_upstream(model: nn.Module, g: torch.Generator):
-    "Start as the public code does: truncated normal 0.02 in the encoder, PyTorch's default in a decoder that reads text."
+    """Start as the public code does: truncated normal 0.02 in the encoder, PyTorch's default in a decoder that
+    reads text."""
     for name, p in embeddings(model): draw_(p, p.shape[-1]**-.5, g)
     for name, m in model.named_modules():
         if isinstance(m, (nn.Linear, nn.Conv2d)):
@@ -172,7 +179,9 @@ def init_upstream(model: nn.Module, g: torch.Generator):
             if name.startswith('decoder') and model.config.text_in != 'none':
                 m.weight.uniform_(-bound, bound, generator=g)
                 m.bias.zero_() if name.endswith('out_proj') else m.bias.uniform_(-bound, bound, generator=g)
-            else: nn.init.trunc_normal_(m.weight, std=.02, generator=g); m.bias.zero_()
+            else:
+                nn.init.trunc_normal_(m.weight, std=.02, generator=g)
+                m.bias.zero_()
         if hasattr(m, 'in_proj_weight'): nn.init.xavier_uniform_(m.in_proj_weight, generator=g)
 
 def place_latents(tower: Tower):
@@ -186,30 +195,38 @@ def init_fan_in_pos(model: nn.Module, g: torch.Generator):
     "Start with fan-in scaled matrices, latent tokens at patch positions, and queries equal to keys."
     for name, p in embeddings(model): draw_(p, 1. if name.endswith('positional_embedding') else .5, g)
     for m in model.modules():
-        if isinstance(m, (nn.Linear, nn.Conv2d)): draw_(m.weight, m.weight[0].numel()**-.5, g); m.bias.zero_()
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            draw_(m.weight, m.weight[0].numel()**-.5, g)
+            m.bias.zero_()
         if hasattr(m, 'in_proj_weight'):
-            w = m.in_proj_weight; d = w.shape[1]
-            draw_(w, d**-.5, g); w[:d] = w[d:2 * d]
+            w = m.in_proj_weight
+            d = w.shape[1]
+            draw_(w, d**-.5, g)
+            w[:d] = w[d:2 * d]
     for tower in (model.encoder, model.decoder): place_latents(tower)
     model.decoder.conv_out.bias.fill_(.5)                                          # mid-grey
     model.decoder.ffn[0].weight.mul_(.1)
 
 @torch.no_grad()
 def init_roles(model: nn.Module, g: torch.Generator, strength: float = .6):
-    "Start as `fan_in_pos`, with unit-variance pixels, and grid and latents looking for each other instead of themselves."
+    """Start as `fan_in_pos`, with unit-variance pixels, and grid and latents looking for each other instead of
+    themselves."""
     init_fan_in_pos(model, g)
     e = model.encoder.patch_embed
-    e.weight.mul_(4); e.bias.copy_(-.5 * e.weight.sum((1, 2, 3)))                   # pixels have mean .5, deviation about .25
+    e.weight.mul_(4)
+    e.bias.copy_(-.5 * e.weight.sum((1, 2, 3)))                   # pixels have mean .5, deviation about .25
     model.decoder.ffn[0].weight.mul_(.5)
     for p in (model.latent_tokens, model.decoder.mask_token): p.mul_(.4)
     for tower in (model.encoder, model.decoder):
         d, soft = tower.class_embedding.shape[1], (2 * len(tower.transformer))**-.5
-        s = torch.randn(d, generator=g); s = F.normalize(s - s.mean(), dim=0)
+        s = torch.randn(d, generator=g)
+        s = F.normalize(s - s.mean(), dim=0)
         tower.positional_embedding[1:] += strength * d**.5 * s
         tower.latent_token_positional_embedding -= strength * d**.5 * s
         for block in tower.transformer:
             q = block.attn.in_proj_weight[:d]                                       # a view
             q -= 2 * torch.outer(q @ s, s)
-            block.attn.out_proj.weight.mul_(soft); block.mlp.c_proj.weight.mul_(soft)
+            block.attn.out_proj.weight.mul_(soft)
+            block.mlp.c_proj.weight.mul_(soft)
 
 INITS = {'upstream': init_upstream, 'fan_in_pos': init_fan_in_pos, 'roles': init_roles}

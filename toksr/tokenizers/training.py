@@ -41,7 +41,8 @@ class TokenizerTask(Task):
     def batch(self, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, Text | None]:
         "Images b 3 h w and their captions; mirrored at random if `flip`."
         x = to_float(self.images[indices])                                          # b 3 h w
-        if self.flip: x = torch.where((torch.rand(len(x), generator=generator) < .5)[:, None, None, None], x.flip(-1), x)
+        if self.flip:
+            x = torch.where((torch.rand(len(x), generator=generator) < .5)[:, None, None, None], x.flip(-1), x)
         return x.to(self.device), None if self.text is None else self.text.take(indices, self.device)
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
@@ -82,7 +83,8 @@ class TokenizerRecipe(Recipe):
         "The part that decides shapes."
         own = {f.name for f in fields(TokenizerConfig)} & {f.name for f in fields(self)}
         head = dict(head='conv' if self.head_width else 'none', head_width=self.head_width or 48)
-        return TokenizerConfig(image=px, encoder=self.size, decoder=self.size, text_width=text_width, text_length=text_length,
+        return TokenizerConfig(image=px, encoder=self.size, decoder=self.size, text_width=text_width,
+                               text_length=text_length,
                                **{k: getattr(self, k) for k in own} | head)
 
 # %% ../../nbs/tokenizers/09_training.ipynb #552a0898
@@ -91,26 +93,35 @@ def build_tokenizer(
     split: Split,              # training pictures
     pca: PCA | None = None,    # their principal components, if they are already there
 ) -> Tokenizer:
-    "A tokenizer before training; with `linear_path`, principal components of the split are loaded, turned so that each token has a place."
-    tok = Tokenizer(recipe.config(split.images.shape[1], split.text.states.shape[2], split.text.states.shape[1]), recipe.seed)
+    """A tokenizer before training; with `linear_path`, principal components of the split are loaded, turned so that
+    each token has a place."""
+    tok = Tokenizer(recipe.config(split.images.shape[1], split.text.states.shape[2], split.text.states.shape[1]),
+                    recipe.seed)
     if recipe.linear_path:
         cols = max(c for c in range(1, recipe.n_tokens + 1) if recipe.n_tokens % c == 0 and c * c <= recipe.n_tokens)
-        tok.init_linear(localise(pca or fit_pca(split.images, recipe.n_tokens * recipe.width, recipe.seed), recipe.n_tokens // cols, cols))
+        tok.init_linear(localise(pca or fit_pca(split.images, recipe.n_tokens * recipe.width, recipe.seed),
+                                 recipe.n_tokens // cols, cols))
     return tok
 
-def train_tokenizer(recipe: TokenizerRecipe, split: Split, tokenizer: Tokenizer | None = None, root: Path | None = None) -> tuple[Tokenizer, FitResult]:
+def train_tokenizer(recipe: TokenizerRecipe, split: Split, tokenizer: Tokenizer | None = None,
+                    root: Path | None = None) -> tuple[Tokenizer, FitResult]:
     "Train a tokenizer on a split; what comes back carries the averaged weights."
     seed_everything(recipe.seed)
     tok = tokenizer or build_tokenizer(recipe, split)
     start = round(recipe.perceptual_start * recipe.steps)
-    config = LossConfig(perceptual=recipe.perceptual, kl=recipe.kl, adv=recipe.adv, adv_start=recipe.adv_start, perceptual_start=start, perceptual_share=recipe.perceptual_share)
-    loss = TokenizerLoss(config, perceptual_distance(recipe.perceptual_net), Discriminator() if recipe.adv and recipe.adv_start < recipe.steps else None)
-    result = run(TokenizerTask(tok, split.images, split.text, loss, recipe.flip), recipe, len(split), split.images, root=root)
+    config = LossConfig(perceptual=recipe.perceptual, kl=recipe.kl, adv=recipe.adv, adv_start=recipe.adv_start,
+                        perceptual_start=start, perceptual_share=recipe.perceptual_share)
+    loss = TokenizerLoss(config, perceptual_distance(recipe.perceptual_net),
+                         Discriminator() if recipe.adv and recipe.adv_start < recipe.steps else None)
+    result = run(TokenizerTask(tok, split.images, split.text, loss, recipe.flip), recipe, len(split),
+                 split.images, root=root)
     tok.load_state_dict(result.ema_state['tokenizer'])
     return tok.eval(), result
 
 # %% ../../nbs/tokenizers/09_training.ipynb #b6b45924
-TOKENIZER_VARIANTS = dict(full='full recipe', linear='- linear path', head='- head', muon='- Muon (AdamW)', init='- initialisation (upstream)', mask='- padding mask', caption='- caption', paper='paper: none of them')
+TOKENIZER_VARIANTS = dict(full='full recipe', linear='- linear path', head='- head', muon='- Muon (AdamW)',
+                          init='- initialisation (upstream)', mask='- padding mask', caption='- caption',
+                          paper='paper: none of them')
 
 def tokenizer_variants(
     lr_scratch: float,      # AdamW's learning rate without a linear path
@@ -119,5 +130,8 @@ def tokenizer_variants(
     "The recipe of every name in `TOKENIZER_VARIANTS`."
     full = TokenizerRecipe(linear_path=True, logvar_start=-7., kl=1e-7, perceptual=.015, perceptual_start=.2, **own)
     without = lambda **changed: replace(full, **changed)
-    return dict(full=full, linear=without(linear_path=False, lr=lr_scratch), head=without(head_width=0), muon=without(optimizer='adamw'), init=without(init='upstream'), mask=without(mask_text=False), caption=without(text_in='none'),
-                paper=without(linear_path=False, head_width=0, optimizer='adamw', init='upstream', mask_text=False, activation='gelu', logvar_start=0., kl=1e-6, lr=lr_scratch))
+    return dict(full=full, linear=without(linear_path=False, lr=lr_scratch), head=without(head_width=0),
+                muon=without(optimizer='adamw'), init=without(init='upstream'), mask=without(mask_text=False),
+                caption=without(text_in='none'),
+                paper=without(linear_path=False, head_width=0, optimizer='adamw', init='upstream', mask_text=False,
+                              activation='gelu', logvar_start=0., kl=1e-6, lr=lr_scratch))

@@ -28,7 +28,8 @@ from ..training.splits import batches, on_gpu, Split
 
 # %% ../../nbs/tokenizers/10_variants.ipynb #0a69691e
 class VariantTokenizer(Tokenizer):
-    "A `Tokenizer` whose `decode` rounds to the nearest code if it has a codebook (not while training, where the tokens are rounded already)."
+    """A `Tokenizer` whose `decode` rounds to the nearest code if it has a codebook (not while training, where the
+    tokens are rounded already)."""
     def snap(self, z: Tensor) -> Tensor:
         "The nearest codes of vectors b n d, with straight-through gradients; vectors of a VAE stay as they are."
         if self.config.bottleneck == 'kl': return z
@@ -37,7 +38,8 @@ class VariantTokenizer(Tokenizer):
 
     def indices(self, image: Tensor, text: Text | Tensor | None = None) -> Tensor:
         "Images b 3 h w to code numbers b n; `ValueError` without a codebook."
-        if self.config.bottleneck == 'kl': raise ValueError("indices: this tokenizer has no codebook (bottleneck='kl'); use encode")
+        if self.config.bottleneck == 'kl':
+            raise ValueError("indices: this tokenizer has no codebook (bottleneck='kl'); use encode")
         return self.quantize.indices(self.moments(image, text))
 
     def decode(self, z: Tensor, text: Text | Tensor | None = None) -> Tensor:
@@ -61,7 +63,8 @@ class VariantRecipe(TokenizerRecipe):
 @dataclass(frozen=True)
 class StartRecipe(VariantRecipe):
     "An arm that may begin with the weights of a TA-TiTok (TokSR §5.6)."
-    start: str = 'random'          # random; encoder: its encoder; both: both halves; frozen: both, and the detokenizer stays as it is
+    # random; encoder: its encoder; both: both halves; frozen: both, and the detokenizer stays as it is
+    start: str = 'random'
 
 def build_variant(recipe: VariantRecipe, split: Split) -> VariantTokenizer:
     "An arm before training."
@@ -80,7 +83,8 @@ def start_from(
     state: dict[str, Tensor],    # of a TA-TiTok
     start: str,                  # one of `STARTS`
 ) -> Tokenizer:
-    "Copy what `start` asks for; `ValueError` for an unknown one, `WeightsError` naming a tensor that is missing or of another shape."
+    """Copy what `start` asks for; `ValueError` for an unknown one, `WeightsError` naming a tensor that is missing
+    or of another shape."""
     if start not in STARTS: raise ValueError(f'start: expected one of {", ".join(STARTS)}, got {start!r}')
     if start == 'random': return tokenizer
     halves = ('latent_tokens', 'encoder.') + (() if start == 'encoder' else ('decoder.',))
@@ -88,7 +92,9 @@ def start_from(
     wanted = [k for k in own if k.startswith(halves) and not k.startswith('encoder.text_guidance')]
     for k in wanted:
         have = tuple(state[k].shape) if k in state else 'nothing'
-        if have != tuple(own[k].shape): raise WeightsError(f'start: {k} needs {tuple(own[k].shape)}, the source has {have}; expected a TA-TiTok of the same sizes')
+        if have != tuple(own[k].shape):
+            raise WeightsError(f'start: {k} needs {tuple(own[k].shape)}, the source has {have}; expected a TA-TiTok '
+                               f'of the same sizes')
     tokenizer.load_state_dict(own | {k: state[k] for k in wanted})
     if start == 'frozen': tokenizer.decoder.requires_grad_(False)
     return tokenizer
@@ -103,7 +109,8 @@ def train_variant(
     "Train one arm; what comes back carries the averaged weights."
     seed_everything(recipe.seed)
     start = getattr(recipe, 'start', 'random')
-    if start != 'random' and source is None: raise ValueError(f'source: start {start!r} needs the weights of a TA-TiTok, got none')
+    if start != 'random' and source is None:
+        raise ValueError(f'source: start {start!r} needs the weights of a TA-TiTok, got none')
     tok, result = train_from(start_from(build_variant(recipe, split), source or {}, start), recipe, split, root)
     return tok.requires_grad_(True), result
 
@@ -118,17 +125,22 @@ def train_from(
     return train_tokenizer(recipe, split, tokenizer, Path(root or CKPT())/first)
 
 def load_variant(path: str | Path) -> VariantTokenizer:
-    "Rebuild any tokenizer that `toksr.tokenizers.titok.save_tokenizer` wrote. `WeightsError` for a file of another kind."
+    """Rebuild any tokenizer that `toksr.tokenizers.titok.save_tokenizer` wrote. `WeightsError` for a file of
+    another kind."""
     def build(meta: dict) -> VariantTokenizer:
-        if meta.get('kind') != 'tokenizer': raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a tokenizer')
+        if meta.get('kind') != 'tokenizer':
+            raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a tokenizer')
         return VariantTokenizer(TokenizerConfig(**meta['config']))
     return from_checkpoint(path, build)
 
 @torch.no_grad()
 def code_use(tokenizer: VariantTokenizer, split: Split) -> dict[str, float]:
-    "Share of the codes that a split uses, their perplexity, and bits per picture if codes were stored as often as they come (entropy) and as plain numbers."
+    """Share of the codes that a split uses, their perplexity, and bits per picture if codes were stored as often as
+    they come (entropy) and as plain numbers."""
     with on_gpu(tokenizer) as device:
-        index = torch.cat([tokenizer.indices(to_float(split.images[s]).to(device), split.text.take(s, device)).cpu() for s in batches(len(split))])     # n n_tokens
+        # n n_tokens
+        index = torch.cat([tokenizer.indices(to_float(split.images[s]).to(device), split.text.take(s, device)).cpu()
+                           for s in batches(len(split))])
     use = usage(index.flatten().bincount(minlength=tokenizer.config.codes))
     return use | {'bits': tokenizer.bits, 'bits_entropy': float(np.log2(use['perplexity']) * tokenizer.n_tokens)}
 
@@ -163,7 +175,10 @@ def train_vq(
     root: Path | None = None,      # of checkpoints
 ) -> tuple[VariantTokenizer, FitResult]:
     "Train one codebook arm; what comes back carries the averaged weights. `ValueError` for a VAE."
-    if recipe.bottleneck != 'vq': raise ValueError(f"bottleneck: expected 'vq', got {recipe.bottleneck!r}; a VAE is trained by toksr.tokenizers.variants.train_variant")
+    if recipe.bottleneck != 'vq':
+        raise ValueError(f"bottleneck: expected 'vq', got {recipe.bottleneck!r}; a VAE is trained by "
+                         f"toksr.tokenizers.variants.train_variant")
     seed_everything(recipe.seed)
-    tok = WeightedTokenizer(recipe.config(split.images.shape[1], split.text.states.shape[2], split.text.states.shape[1]), recipe.seed, recipe.vq)
+    tok = WeightedTokenizer(recipe.config(split.images.shape[1], split.text.states.shape[2],
+                                          split.text.states.shape[1]), recipe.seed, recipe.vq)
     return train_from(tok, recipe, split, root)

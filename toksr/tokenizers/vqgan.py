@@ -41,7 +41,8 @@ class CodeConfig:
 
     def __post_init__(self):
         for k in ('times', 'scales'): object.__setattr__(self, k, tuple(getattr(self, k)))
-        if self.chunks < 1 or self.width % self.chunks: raise ValueError(f'chunks: {self.chunks} does not divide width {self.width}')
+        if self.chunks < 1 or self.width % self.chunks:
+            raise ValueError(f'chunks: {self.chunks} does not divide width {self.width}')
 
     def tower(self, norm: str = 'group', factor: int = 0, stem: int = 0) -> ConvConfig:
         "Shape of a tower, by default with this configuration's factor and stem."
@@ -50,7 +51,8 @@ class CodeConfig:
 
 # %% ../../nbs/tokenizers/07_vqgan.ipynb #70336678
 class MultichannelVQ(VQ):
-    "Codebook bottleneck for vectors in parts: tokens b (k d) 1 n -> codes b (n k) d, the parts of a place side by side."
+    """Codebook bottleneck for vectors in parts: tokens b (k d) 1 n -> codes b (n k) d, the parts of a place side by
+    side."""
     def __init__(self,
         codes: int, # size of the codebook
         width: int, # channels of a vector
@@ -78,7 +80,8 @@ class MultichannelVQ(VQ):
 
 # %% ../../nbs/tokenizers/07_vqgan.ipynb #ed5bcff5
 class CodeTokenizer(GridTokenizer):
-    "Convolutional tokenizer with discrete codes: images b 3 s s in [0,1] to z b n d and back; see `toksr.tokenizers.grid.GridTokenizer`."
+    """Convolutional tokenizer with discrete codes: images b 3 s s in [0,1] to z b n d and back; see
+    `toksr.tokenizers.grid.GridTokenizer`."""
     Config, low, high, norm, kernel = CodeConfig, -1., 1., 'group', 1
 
     def __init__(self, config: CodeConfig, encoder: ConvConfig | None = None, decoder: ConvConfig | None = None):
@@ -112,10 +115,12 @@ class CodeTokenizer(GridTokenizer):
 
     def decode(self, z: Tensor, text: Text | Tensor | None = None) -> Tensor:
         "Decode codes (or anything between them) b n d to images, float32 and not clamped."
-        if tuple(z.shape[1:]) != (self.n_tokens, self.width): raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
+        if tuple(z.shape[1:]) != (self.n_tokens, self.width):
+            raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
         return (self.synthesise(self.fold(z)).float() - self.low) / (self.high - self.low)
 
-    def forward(self, image: Tensor, text: Text | Tensor | None = None, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    def forward(self, image: Tensor, text: Text | Tensor | None = None,
+                generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         "Encode, round, decode: image not clamped, z b n d, the bottleneck's losses."
         m = self.moments(image)                                                                      # b d 1 (h w)
         z, losses = self.quantize(m, generator)                                                      # b n d
@@ -129,7 +134,8 @@ class VQGAN(CodeTokenizer):
     kind = 'vqgan'
 
 class MoVQ(CodeTokenizer):
-    "MoVQ (Zheng et al. 2022): a codebook, shared by the parts of a vector if `chunks` > 1; every norm of the decoder is modulated by the code of its place."
+    """MoVQ (Zheng et al. 2022): a codebook, shared by the parts of a vector if `chunks` > 1; every norm of the
+    decoder is modulated by the code of its place."""
     kind, norm = 'movq', 'spatial'
 
 class VAR(CodeTokenizer):
@@ -139,7 +145,9 @@ class VAR(CodeTokenizer):
     @staticmethod
     def bottleneck(c: CodeConfig, side: int) -> tuple[nn.Module, int, int]:
         "Residual quantization; `ValueError` if the last scale is not the map's side."
-        if c.scales[-1] != side: raise ValueError(f'scales: the last must be the side of the map, {side} ({c.image} px / {c.factor}), got {c.scales}')
+        if c.scales[-1] != side:
+            raise ValueError(f'scales: the last must be the side of the map, {side} ({c.image} px / {c.factor}), got '
+                             f'{c.scales}')
         q = MultiScaleVQ(c.codes, c.width, c.scales, c.phis, revive=c.revive)
         return q, c.width, q.n_tokens
 
@@ -166,32 +174,38 @@ def interpolation(
     at = torch.arange(n)
     row, col = at // w, at % w
     kept = (row + col) % 2 == 0 if layout == 'checkerboard' else at % 2 == 0
-    near = (row[:, None] - row).abs() + (col[:, None] - col).abs() if layout == 'checkerboard' else (at[:, None] - at).abs()
+    near = (row[:, None] - row).abs() + (col[:, None]
+                                         - col).abs() if layout == 'checkerboard' else (at[:, None] - at).abs()
     weights = torch.where(kept[:, None], near == 0, (near == 1) & kept).float()
     return at[kept], (weights / weights.sum(1, keepdim=True))[:, kept]
 
 class Halved(nn.Module):
-    "A tokenizer with half of another's tokens; before decoding, the others are interpolated linearly. Protocol of `toksr.tokenizers.grid.GridTokenizer`."
+    """A tokenizer with half of another's tokens; before decoding, the others are interpolated linearly. Protocol of
+    `toksr.tokenizers.grid.GridTokenizer`."""
     def __init__(self,
         whole: CodeTokenizer, # with one token for each place
         layout: str = 'checkerboard', # one of LAYOUTS
     ):
         super().__init__()
-        if whole.n_tokens != whole.grid[0] * whole.grid[1]: raise ValueError(f'halved: expected one token for each of {whole.grid} places, got {whole.n_tokens}')
+        if whole.n_tokens != whole.grid[0] * whole.grid[1]:
+            raise ValueError(f'halved: expected one token for each of {whole.grid} places, got {whole.n_tokens}')
         kept, weights = interpolation(whole.grid, layout)
         self.whole, self.config, self.kind, self.width, self.n_tokens = whole, whole.config, f'{whole.kind} halved', whole.width, len(kept)
-        self.register_buffer('kept', kept, persistent=False); self.register_buffer('weights', weights, persistent=False)
+        self.register_buffer('kept', kept, persistent=False)
+        self.register_buffer('weights', weights, persistent=False)
 
     @property
     def bits(self) -> float: return self.whole.bits * self.n_tokens / self.whole.n_tokens
 
-    def encode(self, image: Tensor, text=None, sample: bool = False, generator: torch.Generator | None = None) -> Tensor:
+    def encode(self, image: Tensor, text=None, sample: bool = False,
+               generator: torch.Generator | None = None) -> Tensor:
         "Codes of the kept tokens, b n/2 d."
         return self.whole.encode(image)[:, self.kept]
 
     def decode(self, z: Tensor, text=None) -> Tensor:
         "Interpolate the dropped tokens and decode, b 3 s s."
-        if tuple(z.shape[1:]) != (self.n_tokens, self.width): raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
+        if tuple(z.shape[1:]) != (self.n_tokens, self.width):
+            raise ValueError(f'z: expected shape (b, {self.n_tokens}, {self.width}), got {tuple(z.shape)}')
         return self.whole.decode(torch.einsum('nk,bkd->bnd', self.weights, z))
 
     def indices(self, image: Tensor) -> Tensor:

@@ -31,8 +31,9 @@ from .optimizers import moments, set_moments
 
 # %% ../../nbs/training/02_checkpoints.ipynb #19085317
 def behaviour() -> str:
-    "The behaviour of the study that runs (`toksr-run` puts its name into TOKSR_STUDY, JupyterLab its path into JPY_SESSION_NAME), as `build/code` has it; 'unknown' outside a study"
-    study = os.environ.get('TOKSR_STUDY') or Path(os.environ.get('JPY_SESSION_NAME', '')).stem         # the second: JupyterLab
+    """The behaviour of the study that runs (`toksr-run` puts its name into TOKSR_STUDY, JupyterLab its path into
+    JPY_SESSION_NAME), as `build/code` has it; 'unknown' outside a study"""
+    study = os.environ.get('TOKSR_STUDY') or Path(os.environ.get('JPY_SESSION_NAME', '')).stem  # the second: JupyterLab
     path = ROOT()/f'build/code/{study}.txt'
     return path.read_text(encoding='utf-8').split()[0] if path.is_file() else 'unknown'
 
@@ -45,7 +46,9 @@ def run_dir(
     h = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
     for d in data:
         if isinstance(d, Tensor): d = d.detach().cpu().contiguous().numpy()
-        if isinstance(d, np.ndarray): h.update(f'{d.dtype}{d.shape}'.encode()); h.update(np.ascontiguousarray(d).data)
+        if isinstance(d, np.ndarray):
+            h.update(f'{d.dtype}{d.shape}'.encode())
+            h.update(np.ascontiguousarray(d).data)
         else: h.update((sha256_file(d) if isinstance(d, Path) else str(d)).encode())
     return Path(root or CKPT()) / h.hexdigest()[:16] / behaviour()
 
@@ -56,12 +59,15 @@ class NonFiniteError(FloatingPointError):
 # %% ../../nbs/training/02_checkpoints.ipynb #ba7cab17
 def _digest(path: Path, plain: dict) -> str:
     "One checksum over the tensors of a checkpoint and the rest of it"
-    return hashlib.sha256((sha256_file(path/'state.safetensors') + json.dumps(plain, sort_keys=True)).encode()).hexdigest()
+    return hashlib.sha256((sha256_file(path/'state.safetensors')
+                           + json.dumps(plain, sort_keys=True)).encode()).hexdigest()
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], plain: dict) -> Path:
-    "Write `folder/step-…` atomically. `NonFiniteError` for tensors that are not finite, `OSError` when the disk is full"
+    """Write `folder/step-…` atomically. `NonFiniteError` for tensors that are not finite, `OSError` when the disk
+    is full"""
     if bad := [k for k, v in tensors.items() if v.is_floating_point() and not v.isfinite().all()]:
-        raise NonFiniteError(f'checkpoint of step {plain["step"]} not written: {bad[0]} is not finite; the one before is untouched')
+        raise NonFiniteError(f'checkpoint of step {plain["step"]} not written: {bad[0]} is not finite; the one before '
+                             f'is untouched')
     tmp, path = folder/'writing', folder/f'step-{plain["step"]:09d}'
     try:
         for old in (tmp, path): shutil.rmtree(old, ignore_errors=True)
@@ -72,7 +78,8 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], plain: dict) -> P
             with open(f, 'rb') as fd: os.fsync(fd.fileno())
         os.replace(tmp, path)
     except (OSError, SafetensorError) as e:
-        raise OSError(f'{path}: could not be written ({e}); the checkpoint before is untouched: make room and run again') from e
+        raise OSError(f'{path}: could not be written ({e}); the checkpoint before is untouched: make room and '
+                      f'run again') from e
     return path
 
 # %% ../../nbs/training/02_checkpoints.ipynb #1b49f35f
@@ -93,7 +100,8 @@ def loop_state(loop: Any) -> tuple[dict[str, Tensor], dict]:
         tensors |= {f'net{i}/{k}': v for k, v in phase.net.state_dict().items()}
         tensors |= {f'opt{i}/{k}': v for k, v in moments(phase.opt, phase.params).items()}
     scaler = loop.acc.scaler.state_dict() if loop.acc.scaler else {}
-    plain = dict(step=loop.step, seconds=loop.seconds, scaler=scaler, settings=asdict(loop.cfg) | {'n_items': loop.n_items}, log=loop.log)
+    plain = dict(step=loop.step, seconds=loop.seconds, scaler=scaler,
+                 settings=asdict(loop.cfg) | {'n_items': loop.n_items}, log=loop.log)
     return {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in tensors.items()}, plain
 
 def restore(loop: Any, tensors: dict[str, Tensor], plain: dict) -> None:
@@ -101,7 +109,8 @@ def restore(loop: Any, tensors: dict[str, Tensor], plain: dict) -> None:
     now = json.loads(json.dumps(asdict(loop.cfg) | {'n_items': loop.n_items}))
     for k in now:
         if now[k] != plain['settings'].get(k):
-            raise ValueError(f'checkpoint was made with {k} = {plain["settings"].get(k)!r}, this run has {now[k]!r}; use another folder or delete it')
+            raise ValueError(f'checkpoint was made with {k} = {plain["settings"].get(k)!r}, this run has {now[k]!r}; '
+                             f'use another folder or delete it')
     part = lambda tag: {k[len(tag):]: v for k, v in tensors.items() if k.startswith(tag)}
     load_into(loop.ema, part('ema/'), 'checkpoint')
     for i, phase in enumerate(loop.phases):
@@ -124,15 +133,20 @@ class Checkpoint:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = open(self.folder / 'lock', 'w')
         try: fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: raise RuntimeError(f'{self.folder}: another process is training here; wait for it, or end it and run again') from None
+        except OSError:
+            raise RuntimeError(f'{self.folder}: another process is training here; wait for it, or end it and run again') from None
         for path in reversed(self.found()):
             try: state = read_checkpoint(path)
-            except ValueError as e: print(f'{e}; trying the one before', file=sys.stderr); continue
+            except ValueError as e:
+                print(f'{e}; trying the one before', file=sys.stderr)
+                continue
             restore(loop, *state)
-            print(f'resumed at step {loop.step} from {path}', file=sys.stderr, flush=True); break
+            print(f'resumed at step {loop.step} from {path}', file=sys.stderr, flush=True)
+            break
         self.saved = (time.monotonic(), loop.step)
         if not loop.step and (others := self.passed_over()):
-            print(f'{self.folder}: starting from nothing; checkpoints of the same recipe and data, made by code that trains differently, are passed over: '
+            print(f'{self.folder}: starting from nothing; checkpoints of the same recipe and data, made by code that '
+                  f'trains differently, are passed over: '
                   + ', '.join(map(str, others)), file=sys.stderr, flush=True)
 
     def passed_over(self) -> list[Path]:
@@ -141,7 +155,8 @@ class Checkpoint:
         return list(found.values())
 
     def stepped(self, loop: Any) -> None:
-        if (self.every and loop.step % self.every == 0) or time.monotonic() - self.saved[0] >= self.seconds: self.save(loop)
+        if (self.every and loop.step % self.every == 0) or time.monotonic() - self.saved[0] >= self.seconds:
+            self.save(loop)
 
     def save(self, loop: Any) -> None:
         if loop.step == self.saved[1]: return

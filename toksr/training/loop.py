@@ -57,19 +57,22 @@ def seed_everything(
     threads: int = 1,  # more threads add floats in another order: other bits
 ) -> None:
     "Make this process repeatable: seeds, thread count, deterministic kernels"
-    random.seed(seed); np.random.seed(seed % 2**32); torch.manual_seed(seed)
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
     torch.set_num_threads(threads)
     os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')
     torch.use_deterministic_algorithms(True, warn_only=torch.cuda.is_available())  # some GPU kernels have no such form
-    torch.utils.deterministic.fill_uninitialized_memory = False                    # its checks cost time and change nothing
+    torch.utils.deterministic.fill_uninitialized_memory = False  # its checks cost time and change nothing
 
 # %% ../../nbs/training/03_loop.ipynb #0b63b26b
 class Task:
     "Subclass this: set `modules`, write `loss`"
     modules: dict[str, nn.Module] = {}         # trained by the first optimizer, averaged by the EMA
     second_modules: dict[str, nn.Module] = {}  # trained by the second one (a discriminator)
-    companions: tuple = ()                     # frozen modules that `loss` needs; like the others, they are on `device` while the run lasts
-    autocast: bool = False                     # True: the loop runs `loss` under autocast (losses go back to float32 themselves)
+    # frozen modules that `loss` needs; like the others, they are on `device` while the run lasts
+    companions: tuple = ()
+    autocast: bool = False  # True: the loop runs `loss` under autocast (losses go back to float32 themselves)
     device: torch.device = torch.device('cpu')  # set by the loop
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
@@ -88,7 +91,8 @@ def accelerator(precision: str) -> Accelerator:
     "A fresh Accelerator. `ValueError` for fp16 without a GPU"
     if precision == 'fp16' and not torch.cuda.is_available():
         raise ValueError("TrainConfig.precision: 'fp16' needs a GPU and none was found; use 'bf16' or 'no'")
-    AcceleratorState._reset_state(reset_partial_state=True); GradientState._reset_state()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
     return Accelerator(mixed_precision=precision)
 
 # %% ../../nbs/training/03_loop.ipynb #d157fdc7
@@ -104,7 +108,8 @@ class Phase:
         for p in self.params.values(): p.requires_grad_(not frozen)
 
     def gradients(self, loop: 'Loop') -> dict[str, float] | None:
-        "Forward and backward over the batch, in `loop.micro` pieces whose gradients add up; the parts of the loss, or None if there is none yet."
+        """Forward and backward over the batch, in `loop.micro` pieces whose gradients add up; the parts of the
+        loss, or None if there is none yet."""
         cfg, row = loop.cfg, {}
         self.opt.zero_grad()
         for k, chunk in enumerate(np.array_split(loop.indices, min(loop.micro, cfg.batch))):
@@ -115,23 +120,29 @@ class Phase:
             share = len(chunk) / cfg.batch
             loop.acc.backward(out[0].float() * share)
             for name, v in {'loss': out[0], **out[1]}.items():
-                row[self.prefix + name] = row.get(self.prefix + name, 0.) + float(v.detach() if isinstance(v, Tensor) else v) * share
+                row[self.prefix + name] = row.get(self.prefix + name,
+                                                  0.) + float(v.detach() if isinstance(v, Tensor) else v) * share
         return row
 
     def update(self, loop: 'Loop') -> None:
-        "One optimizer step; callbacks see the gradients before the weights do. If the GPU's memory is short, batches are cut into more pieces from here on."
+        """One optimizer step; callbacks see the gradients before the weights do. If the GPU's memory is short,
+        batches are cut into more pieces from here on."""
         cfg = loop.cfg
         while True:
-            try: row = self.gradients(loop); break
+            try:
+                row = self.gradients(loop)
+                break
             except torch.cuda.OutOfMemoryError:
                 if loop.micro >= cfg.batch: raise
                 loop.micro = min(2 * loop.micro, cfg.batch)
             torch.cuda.empty_cache()                             # outside: the error holds on to what it failed with
-            print(f'step {loop.step + 1}: the GPU is too small for this batch; it is cut into {loop.micro} pieces', file=sys.stderr, flush=True)
+            print(f'step {loop.step + 1}: the GPU is too small for this batch; it is cut into {loop.micro} pieces',
+                  file=sys.stderr, flush=True)
         if row is None: return
         loop.acc.unscale_gradients(self.prepared)
         row[self.prefix + 'grad'] = float(nn.utils.clip_grad_norm_(self.params.values(), cfg.clip or math.inf))
-        loop.row.update(row); loop.phase = self
+        loop.row.update(row)
+        loop.phase = self
         loop.call('backward')
         self.opt.set_factor(lr_factor(loop.step, cfg))
         self.prepared.step()
@@ -201,7 +212,8 @@ def fit(
 # %% ../../nbs/training/03_loop.ipynb #a323fe6f
 def duration(seconds: float) -> str:
     "`75` → `1 min 15 s`"
-    m, s = divmod(round(seconds), 60); h, m = divmod(m, 60)
+    m, s = divmod(round(seconds), 60)
+    h, m = divmod(m, 60)
     return f'{h} h {m:02d} min' if h else f'{m} min {s:02d} s' if m else f'{s} s'
 
 class Log:
@@ -216,7 +228,8 @@ class Log:
         rate = (loop.step - self.last[1]) / max(now - self.last[0], 1e-9)
         left = (loop.cfg.steps - loop.step) * (now - self.began[0]) / (loop.step - self.began[1])
         parts = ' '.join(f'{k} {v:.4g}' for k, v in loop.row.items() if k != 'step')
-        print(f'step {loop.step}/{loop.cfg.steps} {parts} | {rate * loop.cfg.batch:.0f} images/s, {duration(left)} left', file=sys.stderr, flush=True)
+        print(f'step {loop.step}/{loop.cfg.steps} {parts} | {rate * loop.cfg.batch:.0f} images/s, '
+              f'{duration(left)} left', file=sys.stderr, flush=True)
         self.last = (now, loop.step)
 
 # %% ../../nbs/training/03_loop.ipynb #7f8dd2e5
@@ -229,7 +242,9 @@ class StopOnNonFinite:
         if loop.acc.scaler and bad and all(k.endswith('grad') for k in bad):
             self.overflows += 1
             if self.overflows < 20: return
-        elif not bad: self.overflows = 0; return
+        elif not bad:
+            self.overflows = 0
+            return
         names = [n for n, p in loop.phase.params.items() if p.grad is not None and not p.grad.isfinite().all()]
         ids = loop.task.ids(loop.indices)
         raise NonFiniteError(f'training stopped at step {loop.step + 1}: {", ".join(bad)} not finite'

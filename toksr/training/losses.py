@@ -46,7 +46,8 @@ class Blur(nn.Module):
     "Halve a feature map after smoothing it with the kernel (1,3,3,1)."
     def __init__(self):
         super().__init__()
-        k = torch.tensor([1., 3, 3, 1]); k = torch.outer(k, k)
+        k = torch.tensor([1., 3, 3, 1])
+        k = torch.outer(k, k)
         self.register_buffer('kernel', k / k.sum())
 
     def forward(self, x: Tensor) -> Tensor: # b c h w -> b c ceil(h/2) ceil(w/2)
@@ -55,7 +56,8 @@ class Blur(nn.Module):
         return F.conv2d(x, self.kernel.expand(x.shape[1], 1, 4, 4), stride=2, groups=x.shape[1])
 
 class Discriminator(nn.Module):
-    "Score patches of an image: b 3 h w in [0,1] -> b 1 16 16, high for photographs (TA-TiTok's discriminator and parameter names)."
+    """Score patches of an image: b 3 h w in [0,1] -> b 1 16 16, high for photographs (TA-TiTok's discriminator and
+    parameter names)."""
     def __init__(self,
         channels: int = 128, # after the first layer; doubled by every stage but the first
         stages: int = 3, # halvings
@@ -91,13 +93,16 @@ class LeCam(nn.Module):
     def __init__(self, decay: float = .999):
         super().__init__()
         self.decay = decay
-        self.register_buffer('real', torch.zeros(())); self.register_buffer('fake', torch.zeros(()))
+        self.register_buffer('real', torch.zeros(()))
+        self.register_buffer('fake', torch.zeros(()))
 
     def forward(self, real: Tensor, fake: Tensor) -> Tensor:
         "Return the penalty for scores of photographs and reconstructions, then update the running means."
         real, fake = real.mean(), fake.mean()
         loss = F.relu(real - self.fake).square() + F.relu(self.real - fake).square()
-        with torch.no_grad(): self.real.lerp_(real, 1 - self.decay); self.fake.lerp_(fake, 1 - self.decay)
+        with torch.no_grad():
+            self.real.lerp_(real, 1 - self.decay)
+            self.fake.lerp_(fake, 1 - self.decay)
         return loss
 
 # %% ../../nbs/training/04_losses.ipynb #2704af3c
@@ -116,21 +121,26 @@ class LossConfig:
     perceptual_dtype: str = 'float32' # precision of its network, or 'bfloat16' (departure); the rest stays float32
 
     def __post_init__(self):
-        if not 0 < self.perceptual_share <= 1: raise ValueError(f'perceptual_share: expected a share in (0,1], got {self.perceptual_share}')
-        if self.perceptual_dtype not in ('float32', 'bfloat16'): raise ValueError(f'perceptual_dtype: expected float32 or bfloat16, got {self.perceptual_dtype!r}')
+        if not 0 < self.perceptual_share <= 1:
+            raise ValueError(f'perceptual_share: expected a share in (0,1], got {self.perceptual_share}')
+        if self.perceptual_dtype not in ('float32', 'bfloat16'):
+            raise ValueError(f'perceptual_dtype: expected float32 or bfloat16, got {self.perceptual_dtype!r}')
 
 # %% ../../nbs/training/04_losses.ipynb #63bc03f4
 class TokenizerLoss(nn.Module):
     "Compose the terms; holds the discriminator and LeCam's means, so that a checkpoint of it is complete."
     def __init__(self,
         config: LossConfig = LossConfig(), # weights and start steps
-        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None, # (recon, image) -> b; its network stays outside this module
+        # (recon, image) -> b; its network stays outside this module
+        perceptual: Callable[[Tensor, Tensor], Tensor] | None = None,
         discriminator: Discriminator | None = None, # None: no adversarial term whatever the step
     ):
         super().__init__()
         self.config, self.perceptual = config, perceptual
         self.judge, self.lecam = discriminator, LeCam()
-        if perceptual is None and config.perceptual: raise ValueError('perceptual: pass a distance (e.g. partial(lite0_distance, net=Lite0())) or set LossConfig.perceptual to 0')
+        if perceptual is None and config.perceptual:
+            raise ValueError('perceptual: pass a distance (e.g. partial(lite0_distance, net=Lite0())) or set '
+                             'LossConfig.perceptual to 0')
 
     def is_adversarial(self, step: int) -> bool:
         "Say whether the opponent plays at this step."

@@ -16,11 +16,14 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
 # %% ../../nbs/training/01_optimizers.ipynb #49b6a9f8
-RANGES = dict(steps=(1, 10**9), batch=(1, 10**6), micro=(1, 10**4), lr=(0, 1), muon_lr=(0, 1), second_lr=(0, 1), beta2=(0, .99999),
-              weight_decay=(0, 1), warmup=(0, 10**8), decay_share=(0, 1), final_lr=(0, 1), clip=(0, 1e6), ema=(0, .999999),
+RANGES = dict(steps=(1, 10**9), batch=(1, 10**6), micro=(1, 10**4), lr=(0, 1), muon_lr=(0, 1), second_lr=(0, 1),
+              beta2=(0, .99999),
+              weight_decay=(0, 1), warmup=(0, 10**8), decay_share=(0, 1), final_lr=(0, 1), clip=(0, 1e6),
+              ema=(0, .999999),
               seed=(0, 2**63 - 1), log_every=(1, 10**6))
 INTEGER = ('steps', 'batch', 'micro', 'warmup', 'seed', 'log_every')
-CHOICES = dict(optimizer=('adamw', 'muon', 'muon32'), schedule=('cosine', 'constant', 'trapezoid'), precision=('no', 'bf16', 'fp16'))
+CHOICES = dict(optimizer=('adamw', 'muon', 'muon32'), schedule=('cosine', 'constant', 'trapezoid'),
+               precision=('no', 'bf16', 'fp16'))
 
 # %% ../../nbs/training/01_optimizers.ipynb #cbb30cdb
 @dataclass(frozen=True)
@@ -30,7 +33,8 @@ class TrainConfig:
     batch: int = 32                # items per step
     micro: int = 1                 # pieces a batch is cut into when memory is short (gradients add up)
     lr: float = 1e-4               # peak learning rate of AdamW
-    optimizer: str = 'adamw'       # adamw (paper) | muon (ours: hidden matrices by Muon, the rest by AdamW) | muon32 (its iteration in float32)
+    # adamw (paper) | muon (ours: hidden matrices by Muon, the rest by AdamW) | muon32 (its iteration in float32)
+    optimizer: str = 'adamw'
     muon_lr: float = 4e-3          # peak learning rate of Muon
     muon_skip: tuple = ('linear', 'head', 'final')  # name patterns of matrices that stay with AdamW
     second_lr: float = 1e-4        # peak learning rate of the second network (a discriminator)
@@ -50,11 +54,15 @@ class TrainConfig:
     def __post_init__(self):
         for name, (lo, hi) in RANGES.items():
             v = getattr(self, name)
-            if isinstance(v, bool) or not isinstance(v, type(lo) if name in INTEGER else (int, float)) or not lo <= v <= hi:
-                raise ValueError(f'TrainConfig.{name}: expected {"a whole number" if name in INTEGER else "a number"} from {lo} to {hi}, got {v!r}')
+            if isinstance(v, bool) or not isinstance(v,
+                                                     type(lo) if name in INTEGER
+                                                     else (int, float)) or not lo <= v <= hi:
+                raise ValueError(f'TrainConfig.{name}: expected {"a whole number" if name in INTEGER else "a number"} '
+                                 f'from {lo} to {hi}, got {v!r}')
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f'TrainConfig.{name}: expected one of {", ".join(choices)}, got {getattr(self, name)!r}')
+                raise ValueError(f'TrainConfig.{name}: expected one of {", ".join(choices)}, got '
+                                 f'{getattr(self, name)!r}')
 
 # %% ../../nbs/training/01_optimizers.ipynb #172970f6
 def lr_factor(step: int, cfg: TrainConfig) -> float:
@@ -67,10 +75,12 @@ def lr_factor(step: int, cfg: TrainConfig) -> float:
     return cfg.final_lr + (1 - cfg.final_lr) * down
 
 # %% ../../nbs/training/01_optimizers.ipynb #f9867b30
-NO_DECAY = ('ln', 'bias', 'latent_tokens', 'mask_token', 'embedding', 'norm', 'gamma', 'embed')   # as in the reference code
+# as in the reference code
+NO_DECAY = ('ln', 'bias', 'latent_tokens', 'mask_token', 'embedding', 'norm', 'gamma', 'embed')
 
 def param_groups(net: nn.Module, cfg: TrainConfig) -> dict[tuple[bool, bool, float], list]:
-    "Trainable parameters by (Muon?, decayed?, learning-rate factor). `ValueError` when a pattern of `lr_scale` matches nothing"
+    """Trainable parameters by (Muon?, decayed?, learning-rate factor). `ValueError` when a pattern of `lr_scale`
+    matches nothing"""
     groups, used = {}, set()
     for name, p in net.named_parameters():
         hits = [k for k in cfg.lr_scale if re.search(k, name)]
@@ -80,7 +90,8 @@ def param_groups(net: nn.Module, cfg: TrainConfig) -> dict[tuple[bool, bool, flo
         muon = cfg.optimizer != 'adamw' and decay and p.ndim == 2 and not any(re.search(k, name) for k in cfg.muon_skip)
         groups.setdefault((muon, decay, math.prod(cfg.lr_scale[k] for k in hits)), []).append(p)
     if missed := set(cfg.lr_scale) - used:
-        raise ValueError(f'TrainConfig.lr_scale: no parameter is named like {sorted(missed)[0]!r}; names look like {name!r}')
+        raise ValueError(f'TrainConfig.lr_scale: no parameter is named like {sorted(missed)[0]!r}; names look like '
+                         f'{name!r}')
     return groups
 
 # %% ../../nbs/training/01_optimizers.ipynb #a6fb5b25
@@ -100,7 +111,8 @@ def orthogonalise(
     return x if m.shape[0] <= m.shape[1] else x.T
 
 class Muon32(torch.optim.Muon):
-    "`torch.optim.Muon` (Nesterov momentum, its own scale of the learning rate) with the Newton–Schulz rounds in float32."
+    """`torch.optim.Muon` (Nesterov momentum, its own scale of the learning rate) with the Newton–Schulz rounds in
+    float32."""
     @torch.no_grad()
     def step(self, closure=None) -> None:
         for g in self.param_groups:
@@ -145,7 +157,8 @@ def set_moments(opt: Optimizers, params: dict[str, Tensor], saved: dict[str, Ten
     "Put back what `moments` took, in each parameter's own memory layout"
     owner = {p: o for o in opt.parts for g in o.param_groups for p in g['params']}
     for key, value in saved.items():
-        name, _, k = key.rpartition('|'); p = params[name]
+        name, _, k = key.rpartition('|')
+        p = params[name]
         like = torch.empty_like(p) if value.shape == p.shape else torch.empty(value.shape, dtype=value.dtype)
         owner[p].state[p][k] = like.copy_(value)
 

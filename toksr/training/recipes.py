@@ -67,13 +67,17 @@ class Distance:
 
 def perceptual_distance(name: str) -> Distance:
     "A perceptual distance (a, b) -> b. `ValueError` for an unknown name; the paper's needs downloaded weights."
-    if name == 'lite0': net = Lite0(); return Distance(net.distance, net)
+    if name == 'lite0':
+        net = Lite0()
+        return Distance(net.distance, net)
     if name != 'lpips_convnext': raise ValueError(f"perceptual_net: expected lite0 or lpips_convnext, got {name!r}")
     lpips, convnext = LpipsVGG(), ConvNextS()
-    return Distance(lambda a, b: (lpips.distance(a, b) + .1 * convnext.distance(a, b)) / 1.1, lpips, convnext)     # times the paper's 1.1: LPIPS + 0.1 logits
+    # times the paper's 1.1: LPIPS + 0.1 logits
+    return Distance(lambda a, b: (lpips.distance(a, b) + .1 * convnext.distance(a, b)) / 1.1, lpips, convnext)
 
 def run(task, recipe: Recipe, n: int, *data, root: Path | None = None) -> FitResult:
-    "Train, with checkpoints under `root` (`.ckpt/`), keyed by recipe, data and the study's behaviour. After a kill, the same call continues."
+    """Train, with checkpoints under `root` (`.ckpt/`), keyed by recipe, data and the study's behaviour. After a
+    kill, the same call continues."""
     folder = run_dir(asdict(recipe) | {'kind': type(recipe).__name__}, *data, root=root)
     return fit(task, recipe.train_config(), n, [StopOnNonFinite(), Log()], folder)
 

@@ -36,14 +36,17 @@ class Split:
     def __len__(self) -> int: return len(self.captions)
 
 def states(captions: list[str], encoder: str = 'minilm', on_disk: bool = False) -> Text:
-    "Caption states of an encoder, from the cache if it has seen them; `on_disk` leaves them there, as float16, until they are taken."
+    """Caption states of an encoder, from the cache if it has seen them; `on_disk` leaves them there, as float16,
+    until they are taken."""
     return cached(caption_encoder(encoder), captions, WORK()/'text', torch.float16 if on_disk else torch.float32)
 
 LARGE = 2**31    # bytes; pictures and caption states of larger splits stay on disk
 
 def load_split(
     corpus: str | Path,  # folder of the `corpus` stage
-    name: str,           # train, val, novel or complex; sr: what super-resolution is trained on, which is train unless the corpus says otherwise
+    # train, val, novel or complex; sr: what super-resolution is trained on, which is train unless the corpus says
+    # otherwise
+    name: str,
     n: int = 0,          # the first n pictures; 0: all
 ) -> Split:
     "Load pictures and caption states. `FileNotFoundError` says which stage makes them."
@@ -52,7 +55,8 @@ def load_split(
     if not (d/'images.npy').is_file(): raise FileNotFoundError(f'{d}: no such split; make it with: dvc repro corpus')
     note = Path(corpus)/'encoder.txt'
     encoder = note.read_text(encoding='utf-8').strip() if note.is_file() else 'minilm'
-    c = load_corpus(d, (d/'images.npy').stat().st_size > LARGE); k = n or len(c)
+    c = load_corpus(d, (d/'images.npy').stat().st_size > LARGE)
+    k = n or len(c)
     text = states(c.captions[:k], encoder, k * caption_encoder(encoder).size * 4 > LARGE)
     return Split(d.name, c.images[:k], c.captions[:k], c.objects[:k], c.backgrounds[:k], text, encoder)
 
