@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 
 import toksr.sr.baselines as B
-from toksr.data.degradations import downscale, lr_consistency, upscale
+from toksr.data.degradations import downscale, upscale
+from toksr.metrics.per_image import lr_consistency
 from toksr.sr.baselines import Baseline, Bicubic, FixedFactor, read_ncnn, RealESRGAN, RRDBNet, x4plus_file
 from toksr.sr.srresnet import SRResNet, SRResNetConfig, UpscalerTask
 from toksr.training.loop import fit

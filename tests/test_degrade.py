@@ -4,7 +4,8 @@ import pytest
 import torch
 from PIL import Image
 
-from toksr.data.degradations import back_project, downscale, lr_consistency, upscale
+from toksr.data.degradations import back_project, downscale, upscale
+from toksr.metrics.per_image import lr_consistency
 
 rng = np.random.default_rng(0)
 

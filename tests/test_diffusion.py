@@ -5,9 +5,11 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler
 
+from toksr.diffusion.guidance import draw_drops, guided
+from toksr.diffusion.samplers import ddim_sample, ddpm_sample, step_times
 from toksr.diffusion.schedules import (
-    alpha_sigma, ddim_sample, ddpm_sample, diffusion_loss, draw_drops, guided, KINDS, make_schedule,
-    picture_noise, PREDICTIONS, sample_times, step_times, target, to_eps, to_x0,
+    alpha_sigma, diffusion_loss, KINDS, make_schedule, picture_noise, PREDICTIONS, sample_times, target,
+    to_eps, to_x0,
 )
 
 PAIRS = [(k, p) for k in KINDS for p in PREDICTIONS]

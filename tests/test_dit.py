@@ -11,7 +11,8 @@ from einops import rearrange
 from torch import nn
 
 from toksr.encoders.text import Text
-from toksr.layers.dit import attention_maps, Block, DiTConfig, FinalLayer, SIZES, TimeEmbedder, TokenDiT
+from toksr.layers.dit import attention_maps, DiTConfig, SIZES, TokenDiT
+from toksr.layers.dit_blocks import Block, FinalLayer, TimeEmbedder
 
 GOLDEN = Path(__file__).parent / 'golden'
 TINY = DiTConfig(n_tokens=6, token_dim=4, width=32, depth=2, heads=4, text_dim=10)

@@ -10,8 +10,9 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from toksr.core.weights import save_weights, WeightsError
 from toksr.data.degradations import downscale
+from toksr.diffusion.guidance import draw_drops
 from toksr.diffusion.inversion import ddim_denoise, ddim_invert, GaussianOracle, mirrored
-from toksr.diffusion.schedules import draw_drops, make_schedule
+from toksr.diffusion.schedules import make_schedule
 from toksr.dual.diffusion_branch import LatentConfig, LatentDiffusion
 from toksr.dual.diffusion_training import LatentRecipe, LatentTask, load_latent, save_latent, train_latent
 from toksr.dual.dual_tokenizer import begin_codes, Codes, decode_codes, DualTokenizer, encode_codes, take_codes

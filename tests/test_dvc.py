@@ -15,8 +15,9 @@ import yaml
 from papermill.parameterize import parameterize_notebook
 
 from toksr.pipeline import params
+from toksr.pipeline.behaviour import Behaviour
 from toksr.pipeline.fingerprints import fingerprints
-from toksr.pipeline.probes import Behaviour, read_probes
+from toksr.pipeline.probes import read_probes
 
 ROOT = Path(__file__).resolve().parents[1]
 STUDIES = sorted((ROOT/'nbs/study').glob('*.ipynb'))

@@ -141,8 +141,7 @@ def test_public_names_exist_and_module_says_what_it_is(name):
     assert module.__doc__ and not [k for k in _public(TREES[name]) if not hasattr(module, k)]
 
 
-OVER = {'dual.lavit': 298, 'dual.semantic': 251, 'dual.semantic_training': 282, 'encoders.text': 282, 'layers.dit': 292,
-        'pipeline.diagrams': 432, 'pipeline.probes': 323, 'pipeline.schedule': 299, 'training.loop': 253}
+OVER = {'dual.lavit': 270, 'dual.semantic': 251, 'dual.semantic_training': 282, 'pipeline.schedule': 299, 'training.loop': 253}
 
 
 @pytest.mark.parametrize('name', TREES)

@@ -100,7 +100,7 @@ def test_per_image_columns(pair, net):
     df = per_image(x, y, lr, [net], ids=[f'scene-{i}' for i in range(10)])
     assert list(df) == ['image', 'psnr', 'ssim', 'lite0',
                         'lr_psnr'] and df.image[3] == 'scene-3' and df.dtypes.psnr == np.float64
-    from toksr.data.degradations import lr_consistency
+    from toksr.metrics.per_image import lr_consistency
     np.testing.assert_allclose(df.lr_psnr, lr_consistency(y.clamp(0, 1), lr), atol=1e-4)
     np.testing.assert_allclose(df.lite0, net.distance(x, y.clamp(0, 1)), atol=1e-5)
     assert list(per_image(x, y)) == ['image', 'psnr', 'ssim']

@@ -13,8 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from toksr.pipeline.behaviour import apart, Behaviour, excess, noise_of
 from toksr.pipeline.fingerprints import fingerprints
-from toksr.pipeline.probes import apart, Behaviour, excess, noise_of, read_probes
+from toksr.pipeline.probes import read_probes
 
 ROOT = Path(__file__).resolve().parents[1]
 KNOWN = {p.stem: Behaviour.read(p) for p in sorted((ROOT/'build/probes').glob('*.json'))}
@@ -43,7 +44,7 @@ def _child(root, study, run, out):
         sys.stdout = sys.stderr = open(os.devnull, 'w')
         for m in [m for m in sys.modules if m.split('.')[0] == 'toksr']: del sys.modules[m]
         sys.path.insert(0, str(root))
-        from toksr.pipeline.probes import Probes
+        from toksr.pipeline.behaviour import Probes
         import toksr
         assert Path(toksr.__file__).is_relative_to(root)
         left = Probes(Path(root), Path(root)/'run').run(study, run)

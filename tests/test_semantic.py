@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from toksr.core.weights import save_weights, WeightsError
-from toksr.dual.lavit import CosineVQ, LavitConfig, LavitTokenizer, PolicyAttention, Selector
+from toksr.dual.lavit import LavitConfig, LavitTokenizer, PolicyAttention, Selector
 from toksr.dual.qformer import causal_bias, QFormer, QFormerConfig
 from toksr.dual.semantic import cosine_loss, Match, Reverse, SemanticConfig, SemanticTokenizer
 from toksr.dual.semantic_training import build_semantic, Feed, SemanticRecipe
@@ -17,6 +17,7 @@ from toksr.encoders.lite0 import Frozen
 from toksr.encoders.text import Text
 from toksr.encoders.vision import image_encoder, Lite0Tokens
 from toksr.hub.semantic import LavitCommand, PublishedSeed, rename_seed, seed_sizes
+from toksr.layers.bottlenecks import CosineVQ
 from toksr.metrics.alignment import chance, ranks
 
 

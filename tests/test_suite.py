@@ -11,7 +11,8 @@ import yaml
 from toksr.encoders.text import Text
 from toksr.metrics.randomization import decline, effects, progressive, replacement
 from toksr.metrics.sets import inception_score
-from toksr.pipeline.diagrams import draw_sr, draw_tokenizer, Sketch, watch
+from toksr.pipeline.diagrams import draw_sr, draw_tokenizer
+from toksr.pipeline.drawing import Sketch, watch
 from toksr.pipeline.registry import describe, ENTRIES, load_entry, text_aware, ZOO
 from toksr.sr.super_resolver import SRConfig, SuperResolver
 from toksr.tokenizers.grid_training import build_grid, GridRecipe, save_grid

@@ -8,7 +8,8 @@ import pytest
 import torch
 import toksr.encoders.text
 
-from toksr.encoders.text import cat, clean_captions, clip_ids, ClipText, ClipTextHF, load_minilm, MiniLM, Text
+from toksr.encoders.clip import clip_ids, ClipText, ClipTextHF
+from toksr.encoders.text import cat, clean_captions, load_minilm, MiniLM, Text
 from toksr.encoders.text_cache import cached
 
 CAPTIONS = ['A tiger next to a red mailbox on a green background.', 'A cup of tea.', '',
@@ -180,7 +181,7 @@ class Counting:
 
 
 def test_a_cache_written_in_chunks_is_that_of_one_piece(tmp_path, monkeypatch):
-    minilm, captions = toksr.encoders.text.caption_encoder(), [f'A photo of {n} cats.' for n in range(7)]
+    minilm, captions = toksr.encoders.text_cache.caption_encoder(), [f'A photo of {n} cats.' for n in range(7)]
     whole = cached(minilm, captions, tmp_path/'a', torch.float16)
     monkeypatch.setattr(toksr.encoders.text_cache, 'CHUNK', 2*4*minilm.size)
     parts = cached(minilm, captions, tmp_path/'b', torch.float16)

@@ -15,7 +15,8 @@ from torch import nn, Tensor
 
 from ..core.record import sha256_file
 from ..core.weights import load_into, load_weights, save_weights, WeightsError
-from ..diffusion.schedules import diffusion_loss, draw_drops, sample_times
+from ..diffusion.guidance import draw_drops
+from ..diffusion.schedules import diffusion_loss, sample_times
 from .diffusion_branch import LatentConfig, LatentDiffusion
 from ..encoders.text import Text
 from ..tokenizers.running import encode_all

@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn, Tensor
 
 from ..dual.diffusion_training import load_latent
-from ..encoders.text import clip_ids, Text, weights_of
+from ..encoders.clip import clip_ids
+from ..encoders.text import Text, weights_of
 from ..layers.dit import drop_captions
 from ..tokenizers.grid_training import load_grid
 

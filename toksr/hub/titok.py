@@ -188,7 +188,7 @@ def load_released(
 ) -> Tokenizer:
     """Load released TiTok or TA-TiTok weights (Apache-2.0; TA-TiTok for research).
 
-    Images are 256 px in [0,1]. TA-TiTok reads 77 CLIP ViT-L/14-336 states (toksr.encoders.text.ClipText).
+    Images are 256 px in [0,1]. TA-TiTok reads 77 CLIP ViT-L/14-336 states (toksr.encoders.clip.ClipText).
     `WeightsError` for anything else."""
     path = fetch_pretrained(str(source)) if str(source) in PUBLISHED else Path(source)
     return from_released(load_weights(path)[0])

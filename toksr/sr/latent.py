@@ -13,7 +13,8 @@ import torch
 from torch import nn, Tensor
 
 from ..diffusion.flow import edm_loss, edm_sigmas, euler_sample, flow_loss, flow_times, heun_sample, SIGMA_MAX
-from ..diffusion.schedules import ddim_sample, diffusion_loss, make_schedule, sample_times
+from ..diffusion.samplers import ddim_sample
+from ..diffusion.schedules import diffusion_loss, make_schedule, sample_times
 from ..encoders.text import Text
 from ..layers.dit import DiTConfig, SIZES, TokenDiT
 from .pixels import ClipSpace, InfDiT, Lite0Space, small_patches, with_quality

@@ -18,7 +18,7 @@ from ..core.record import sha256_file
 from ..core.weights import load_into, load_weights, save_weights, WeightsError
 from ..data.degradations import downscale
 from ..data.images import to_float
-from ..diffusion.schedules import draw_drops
+from ..diffusion.guidance import draw_drops
 from ..encoders.text import Text
 from .latent import BaselineConfig, BaselineResolver
 from .pixels import PixelPatches, QUALITY

@@ -14,7 +14,8 @@ from torch import nn, Tensor
 from ..data.degradations import upscale
 from ..encoders.lite0 import Lite0
 from ..encoders.text import Text
-from ..layers.dit import blank, CrossAttention, DiTConfig, sinusoid_table, TokenDiT
+from ..layers.dit import blank, DiTConfig, TokenDiT
+from ..layers.dit_blocks import CrossAttention, sinusoid_table
 
 # %% ../../nbs/sr/05_pixels.ipynb #484c1541
 class PixelPatches(nn.Module):

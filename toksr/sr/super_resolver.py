@@ -12,7 +12,8 @@ import torch
 from torch import nn, Tensor
 
 from ..data.degradations import back_project, upscale
-from ..diffusion.schedules import ddim_sample, make_schedule
+from ..diffusion.samplers import ddim_sample
+from ..diffusion.schedules import make_schedule
 from ..encoders.text import Text
 from ..layers.dit import DiTConfig, TokenDiT
 from ..layers.transformer import ConvHead

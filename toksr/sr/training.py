@@ -19,7 +19,8 @@ from ..core.record import sha256_file
 from ..core.weights import load_into, load_weights, save_weights, WeightsError
 from ..data.degradations import back_project_free, downscale
 from ..data.images import to_float
-from ..diffusion.schedules import draw_drops, picture_noise, sample_times, target, to_device, to_x0
+from ..diffusion.guidance import draw_drops
+from ..diffusion.schedules import picture_noise, sample_times, target, to_device, to_x0
 from ..encoders.text import Text
 from .super_resolver import SRConfig, SuperResolver
 from ..tokenizers.running import _nets, encode_all

@@ -19,9 +19,8 @@ from ..core.record import sha256_file
 from ..core.weights import load_into, load_weights, save_weights, WeightsError
 from ..data.degradations import downscale, upscale
 from ..data.images import to_float
-from toksr.diffusion.schedules import (
-    diffusion_loss, draw_drops, make_schedule, picture_noise, sample_times, target, to_eps, to_x0,
-)
+from ..diffusion.guidance import draw_drops
+from ..diffusion.schedules import diffusion_loss, make_schedule, picture_noise, sample_times, target, to_eps, to_x0
 from ..encoders.text import Text
 from ..encoders.vision import FEATURES, image_features
 from .conditioning import build_dit, ConditionedConfig, VARIANT_CHOICES

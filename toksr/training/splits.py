@@ -18,8 +18,8 @@ from torch import nn
 
 from ..core.paths import WORK
 from ..data.corpora import load_corpus
-from ..encoders.text import caption_encoder, Text
-from ..encoders.text_cache import cached
+from ..encoders.text import Text
+from ..encoders.text_cache import cached, caption_encoder
 
 # %% ../../nbs/training/05_splits.ipynb #42d1b58f
 @dataclass
@@ -31,7 +31,7 @@ class Split:
     objects: list
     backgrounds: list
     text: Text
-    encoder: str = 'minilm'     # that read the captions, see `toksr.encoders.text.caption_encoder`
+    encoder: str = 'minilm'     # that read the captions, see `toksr.encoders.text_cache.caption_encoder`
 
     def __len__(self) -> int: return len(self.captions)
 
