@@ -159,3 +159,19 @@ def test_studies_hold_no_model_code(path):
     tree = notebook_tree(path)
     assert not [n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)], 'a new idea gets a chapter'
     assert not list(dangers(tree))
+
+
+@pytest.mark.parametrize('name', TREES)
+def test_one_statement_a_line(name):
+    "No chains of statements with semicolons"
+    chained = [b.lineno for n in ast.walk(TREES[name]) for block in ('body', 'orelse', 'finalbody')
+               if isinstance(statements := getattr(n, block, None), list)
+               for a, b in zip(statements, statements[1:]) if isinstance(b, ast.stmt) and a.end_lineno == b.lineno]
+    assert not chained
+
+
+def test_long_lines_only_shrink():
+    "At most 120 characters; what is longer today are tables of words, unpacked assignments and exported lists of names"
+    long = [f'{name}:{i}' for name, p in MODULES.items()
+            for i, line in enumerate(p.read_text(encoding='utf-8').splitlines(), 1) if len(line) > 120]
+    assert len(long) <= 125, long

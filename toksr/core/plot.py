@@ -85,7 +85,7 @@ def _fit(x: np.ndarray, size: int) -> np.ndarray:
     return cell
 
 def _paste(rows: Sequence[Sequence[Any]], size: int, gap: int) -> np.ndarray:
-    "All rows in one picture, `gap` white pixels between the cells"
+    "All rows in one image, `gap` white pixels between the cells"
     n = max(map(len, rows))
     blank = np.full((size, size, 3), 255, np.uint8)
     lines = [[_fit(as_uint8(i), size) if i is not None else blank for i in [*r, *[None]*(n-len(r))]] for r in rows]

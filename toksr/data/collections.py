@@ -92,7 +92,7 @@ PHOTOGRAPHS = dict(paper=dict(train='imagenet train', sr='coco train', val='imag
                    folder=dict(train='train', sr='sr', val='val', novel='novel'))
 
 def longest(corpus: Corpus, n: int) -> Corpus:
-    "The `n` pictures whose captions have the most words, in their order; `ValueError` if there are not as many."
+    "The `n` images whose captions have the most words, in their order; `ValueError` if there are not as many."
     if n > len(corpus): raise ValueError(f'n: expected at most {len(corpus)}, the pictures there are, got {n}')
     words = np.array([len(c.split()) for c in corpus.captions])
     return corpus.part(np.sort(np.argsort(-words, kind='stable')[:n]))
@@ -101,7 +101,7 @@ def readers(
     px: int,                           # side of the squares
     coco: str | Path = '',             # folder with annotations/, train2017/ and val2017/
     imagenet: str | Path = ENRICHED,   # a name on the hub, or a folder of parquet files
-    folder: str | Path = '',           # one's own: train/, val/, novel/ with pictures and captions (.txt)
+    folder: str | Path = '',           # one's own: train/, val/, novel/ with images and captions (.txt)
 ) -> dict[str, Callable[[int | None, Path], tuple[Corpus, list[SetAside]]]]:
     "How to read each collection: a function of (at most so many; where to write)."
     def of_coco(part: str):

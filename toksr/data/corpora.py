@@ -21,7 +21,7 @@ from .images import fit, read_image
 # %% ../../nbs/data/05_corpora.ipynb #2329a2fb
 @dataclass
 class Corpus:
-    "Pictures and their captions; for scenes also what they were made of."
+    "Images and their captions; for scenes also what they were made of."
     images: np.ndarray                                          # bytes, n h w 3
     captions: list[str]
     objects: list[list[str]] = field(default_factory=list)      # noun phrases of each scene; empty for other corpora
@@ -45,7 +45,7 @@ class Corpus:
 
 # %% ../../nbs/data/05_corpora.ipynb #7b31448b
 def _header(shape: tuple[int, ...]) -> bytes:
-    "Write the head of an .npy file of bytes, 128 long for any number of pictures."
+    "Write the head of an .npy file of bytes, 128 long for any number of images."
     text = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}"
     return b'\x93NUMPY\x01\x00v\x00' + text.encode().ljust(117) + b'\n'
 
@@ -58,7 +58,7 @@ def save_corpus(corpus: Corpus, dir: str | Path) -> Path:
     return d
 
 def load_corpus(dir: str | Path,
-                mmap: bool = False,    # leave the pictures on disk until they are used
+                mmap: bool = False,    # leave the images on disk until they are used
                 ) -> Corpus:
     "Read a corpus from a folder; `FileNotFoundError` if it is not there, `ValueError` if it is damaged."
     d = Path(dir)
@@ -96,7 +96,7 @@ def collect(records: Iterable[tuple[str, str | Path | bytes, str | None]],  # (n
             n: int | None = None,                              # stop after so many good ones
             dir: str | Path | None = None,                     # write there while reading; None: keep all in memory
             ) -> tuple[Corpus, list[SetAside]]:
-    "Read pictures and captions into a corpus; what cannot be read is set aside with the reason."
+    "Read images and captions into a corpus; what cannot be read is set aside with the reason."
     aside, captions, blocks = [], [], []
     def good() -> Iterator[np.ndarray]:
         for name, source, caption in records:
@@ -124,18 +124,18 @@ def collect(records: Iterable[tuple[str, str | Path | bytes, str | None]],  # (n
 SUFFIXES = {'.png', '.jpg', '.jpeg', '.webp', '.gif', '.bmp', '.tif', '.tiff', '.avif', '.jp2', '.ppm'}
 
 def _caption_beside(p: Path) -> str | None:
-    "Read the caption file of a picture: UTF-8, with or without byte-order mark; none if there is no file."
+    "Read the caption file of an image: UTF-8, with or without byte-order mark; none if there is no file."
     txt = p.with_suffix('.txt')
     try: return txt.read_text(encoding='utf-8-sig') if txt.is_file() else None
     except UnicodeDecodeError: return txt.read_text(encoding='latin-1')
 
-def folder_corpus(dir: str | Path,  # pictures, with captions in .txt files beside them; subfolders count
+def folder_corpus(dir: str | Path,  # images, with captions in .txt files beside them; subfolders count
                   px: int,                          # side of the squares
                   how: str = 'crop',                # crop | squash
                   n: int | None = None,             # at most so many
                   out: str | Path | None = None,    # write the corpus there while reading
                   ) -> tuple[Corpus, list[SetAside]]:
-    """Read a folder of captioned pictures, sorted by name; `FileNotFoundError` or `ValueError` if there is nothing
+    """Read a folder of captioned images, sorted by name; `FileNotFoundError` or `ValueError` if there is nothing
     to read."""
     d = Path(dir)
     if not d.is_dir(): raise FileNotFoundError(f'{d}: no such folder')

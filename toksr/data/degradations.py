@@ -65,7 +65,7 @@ def back_project(sr: Tensor,     # b 3 h w in [0, 1]
 # %% ../../nbs/data/07_degradations.ipynb #c3af6375
 def blur(x: Tensor, sigma: float) -> Tensor:
     """Blur images b 3 h w with a Gaussian of `sigma` pixels, mirrored at the border; `ValueError` if the kernel is
-    wider than the picture."""
+    wider than the image."""
     r = max(1, round(3 * sigma))
     if sigma <= 0 or r >= min(x.shape[-2:]):
         raise ValueError(f'sigma: expected more than 0 and less than {min(x.shape[-2:]) / 3:.1f} for sides '
@@ -92,7 +92,7 @@ def noise(
 
 def missing(
     x: Tensor,         # b 3 h w in [0,1]
-    share: float,      # of the picture that is lost
+    share: float,      # of the image that is lost
     seed: int = 0,     # of the places
     first: int = 0,    # number of the first image
 ) -> Tensor:           # b 3 h w in [0,1]
@@ -118,7 +118,7 @@ def corrupt(
     seed: int = 0,         # of what is random
     first: int = 0,        # number of the first image
 ) -> Tensor:               # b 3 h w in [0,1]
-    "Spoil pictures; `ValueError` for an unknown kind or severity."
+    "Spoil images; `ValueError` for an unknown kind or severity."
     if kind not in LEVELS: raise ValueError(f'kind: expected one of {", ".join(LEVELS)}, got {kind!r}')
     if severity not in (1, 2, 3): raise ValueError(f'severity: expected 1, 2 or 3, got {severity!r}')
     v = LEVELS[kind][severity - 1]

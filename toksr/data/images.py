@@ -75,7 +75,7 @@ def _strict() -> Iterator[None]:
     finally: ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 def decode(im: Image.Image,                # an opened image, pixels not loaded yet
-           max_pixels: int = 64_000_000,   # larger pictures are refused
+           max_pixels: int = 64_000_000,   # larger images are refused
            ) -> np.ndarray:                # bytes, h w 3
     """Decode the first frame to upright sRGB over white; raises whatever Pillow raises, `ValueError` for what is
     too large."""
@@ -86,9 +86,9 @@ def decode(im: Image.Image,                # an opened image, pixels not loaded 
 
 # %% ../../nbs/data/01_images.ipynb #455a7025
 def read_image(source: str | Path | bytes,      # a file in any of `FORMATS`, whatever its suffix; or its bytes
-               max_pixels: int = 64_000_000,    # larger pictures are refused before they are decoded
+               max_pixels: int = 64_000_000,    # larger images are refused before they are decoded
                ) -> np.ndarray:                 # bytes, h w 3
-    "Read a picture as upright 8-bit sRGB over white (first frame); `BadImage` with the reason if it cannot be."
+    "Read an image as upright 8-bit sRGB over white (first frame); `BadImage` with the reason if it cannot be."
     name = 'bytes' if isinstance(source, bytes) else source
     try:
         with _strict(), io.BytesIO(source) if isinstance(source, bytes) else open(source, 'rb') as f:

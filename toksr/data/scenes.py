@@ -115,7 +115,7 @@ def texture(rng: np.random.Generator, px: int, textures: list) -> tuple[np.ndarr
     return np.rot90(t, int(rng.integers(4))) * np.float32(rng.uniform(.8, 1.2)), phrase
 
 # %% ../../nbs/data/04_scenes.ipynb #93ca0433
-SIZES = ((.60, .92), (.46, .66), (.36, .50))     # of the picture's side, for one, two and three objects
+SIZES = ((.60, .92), (.46, .66), (.36, .50))     # of the image's side, for one, two and three objects
 
 def _overlap(a: tuple, b: tuple) -> int:
     "Count the pixels that two boxes (x, y, w, h) share."
@@ -129,7 +129,7 @@ def _place(rng: np.random.Generator, px: int, w: int, h: int, taken: list) -> tu
     return min(boxes, key=lambda b: sum(_overlap(b, t) for t in taken or ()))
 
 def _put(img: np.ndarray, stamp: Stamp, rng: np.random.Generator, n: int, taken: list) -> None:
-    "Draw one of `n` objects into a picture (float32 px px 3) and remember its box."
+    "Draw one of `n` objects into an image (float32 px px 3) and remember its box."
     px, k = len(img), rng.uniform(*SIZES[n - 1]) * len(img) / max(stamp.image.size)
     w, h = (max(4, round(s * k)) for s in stamp.image.size)
     obj = np.asarray(stamp.image.resize((w, h), Image.Resampling.BICUBIC)).astype(np.float32)          # h w 4
@@ -147,7 +147,7 @@ COMPLEX_MIX = (.2, .3, .5)
 
 @dataclass(frozen=True)
 class Scene:
-    "A picture and what was put into it."
+    "An image and what was put into it."
     image: np.ndarray       # bytes, px px 3
     caption: str
     objects: list[str]      # noun phrases

@@ -142,7 +142,7 @@ _NO_OBJECT = {'vehicles/emergency/sedan_police', 'seasonal/newyears/confetti', '
               'seasonal/christmas/lamp'}
 
 def stamp_files(root: str | Path | None = None) -> list[tuple[str, Path]]:
-    "List the stamps that are pictures of things: (name, PNG file), sorted; `FileNotFoundError` if there are none."
+    "List the stamps that are images of things: (name, PNG file), sorted; `FileNotFoundError` if there are none."
     root = Path(root or stamps_dir())
     named = [(p.relative_to(root).with_suffix('').as_posix(), p) for p in sorted(root.rglob('*.png'))]
     found = [(n, p) for n, p in named if not n.startswith('symbols/') and 'mirror' not in p.stem
@@ -153,7 +153,7 @@ def stamp_files(root: str | Path | None = None) -> list[tuple[str, Path]]:
     return found
 
 def manifest(root: str | Path | None = None) -> str:
-    "Hash names, pictures and captions of all stamps (SHA-256): equal manifests make equal scenes."
+    "Hash names, images and captions of all stamps (SHA-256): equal manifests make equal scenes."
     h = hashlib.sha256()
     for name, p in stamp_files(root):
         for part in (name.encode(), p.read_bytes(), p.with_suffix('.txt').read_bytes()):
@@ -187,7 +187,7 @@ def load_stamps(root: str | Path | None = None,     # the package's directory; N
         if im is None or not caption or max(im.size) < min_side: continue
         cut = im.convert('RGBa')
         looks = phash(cut)
-        if looks in seen: continue                                          # the same picture under a second name
+        if looks in seen: continue                                          # the same image under a second name
         seen.add(looks)
         score = drawn_score(middle(np.asarray(im)), '/cartoon/' in name)
         rows.append((name, caption, score, im.size, looks, shrink(cut, px)))

@@ -46,7 +46,7 @@ def flow_loss(
     noise: Tensor,                           # b n d, standard normal
     drops: dict[str, Tensor] | None = None,  # see `toksr.diffusion.guidance.draw_drops`
 ) -> Tensor:
-    """Squared error of the velocity, one float32 number per picture (SD3 eq. 2). `ValueError` for an answer of
+    """Squared error of the velocity, one float32 number per image (SD3 eq. 2). `ValueError` for an answer of
     another shape."""
     t, noise, drops = to_device(x0.device, t, noise, drops)
     pred = model(on_line(x0, noise, t), 1000 * t, **cond, **drops)                               # b n d
@@ -61,7 +61,7 @@ def euler_sample(
     cond: dict[str, Any],                  # text, lr, base
     steps: int = 28,                       # SD3's default
     guidance: float = 1.,                  # 0 unconditional, 1 conditional
-    noise_scale: float = 1.,               # start-noise multiplier (departure; SD3 has 1)
+    noise_scale: float = 1.,               # start-noise multiplier (deviation; SD3 has 1)
     shift: float = 1.,                     # SD3 §5.3.2: above 1, more steps near the noise (3 at 1024 px)
     drop: Sequence[str] = ('text', 'lr'),  # what guidance contrasts with
     callback: Callable | None = None,      # (i, t, x_t) after each step
@@ -105,7 +105,7 @@ def edm_loss(
     drops: dict[str, Tensor] | None = None,  # see `toksr.diffusion.guidance.draw_drops`
 ) -> Tensor:
     """Squared error of the denoised tokens, weighted so that every noise level counts alike: one float32 number per
-    picture (EDM eq. 8)."""
+    image (EDM eq. 8)."""
     sigma, noise, drops = to_device(x0.device, sigma, noise, drops)
     error = denoise(model, x0 + spread(sigma, x0) * noise, sigma, cond, **drops) - x0            # b n d
     return ((sigma**2 + 1) / sigma**2) * error.square().flatten(1).mean(1)                       # b
@@ -124,7 +124,7 @@ def heun_sample(
     noise: Tensor,                         # b n d, standard normal
     cond: dict[str, Any],
     steps: int = 20,                       # Inf-DiT's; 2 steps - 1 evaluations of the network
-    noise_scale: float = 1.,               # start-noise multiplier (departure; Inf-DiT has 1)
+    noise_scale: float = 1.,               # start-noise multiplier (deviation; Inf-DiT has 1)
     callback: Callable | None = None,      # (i, sigma, x) after each step
 ) -> Tensor:
     "Turn noise into tokens with Heun's method, without guidance (Inf-DiT uses none): b n d float32 (EDM alg. 1)."

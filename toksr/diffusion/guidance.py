@@ -14,12 +14,12 @@ from torch import Tensor
 
 # %% ../../nbs/diffusion/02_guidance.ipynb #67978ff5
 def draw_drops(
-    b: int,                       # pictures in the batch
+    b: int,                       # images in the batch
     generator: torch.Generator,
     text: float = .15,            # probability of dropping the caption
-    lr: float = .15,              # probability of dropping everything that comes from the low-resolution picture
+    lr: float = .15,              # probability of dropping everything that comes from the low-resolution image
 ) -> dict[str, Tensor]:
-    "Draw which pictures lose which condition: `{'drop_text': b bool, 'drop_lr': b bool}`, independent of each other."
+    "Draw which images lose which condition: `{'drop_text': b bool, 'drop_lr': b bool}`, independent of each other."
     for name, p in (('text', text), ('lr', lr)):
         if not 0 <= p <= 1: raise ValueError(f'drop probability {name}={p} must lie between 0 and 1')
     u = torch.rand(2, b, generator=generator)

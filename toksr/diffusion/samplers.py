@@ -42,7 +42,7 @@ def ddim_sample(
     schedule: DDPMScheduler,
     steps: int = 25,                       # a divisor of T
     guidance: float = 1.0,                 # 0 unconditional, 1 conditional
-    noise_scale: float = 1.0,              # start-noise multiplier (departure; the paper has 1.0)
+    noise_scale: float = 1.0,              # start-noise multiplier (deviation; the paper has 1.0)
     drop: Sequence[str] = ('text', 'lr'),  # what guidance contrasts with
     callback: Callable | None = None,      # (i, t, x_t, x0_so_far) after each step
 ) -> Tensor:
@@ -62,7 +62,7 @@ def ddpm_sample(
     noise: Tensor,                         # b n d, standard normal
     cond: dict[str, Any],                  # text, lr, base
     schedule: DDPMScheduler,
-    generator: torch.Generator | list[torch.Generator],  # for the noise of the steps; a list has one per picture
+    generator: torch.Generator | list[torch.Generator],  # for the noise of the steps; a list has one per image
     steps: int = 1000,                     # a divisor of T
     guidance: float = 1.0,                 # 0 unconditional, 1 conditional
     drop: Sequence[str] = ('text', 'lr'),  # what guidance contrasts with

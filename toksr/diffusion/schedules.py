@@ -102,7 +102,7 @@ def diffusion_loss(
     schedule: DDPMScheduler,      # says which prediction the model makes
     drops: dict[str, Tensor] | None = None,  # drop_text, drop_lr: b bool, see `draw_drops`
 ) -> Tensor:
-    """Give the mean squared error of the model's prediction, one float32 number per picture (TokSR §5.2, L_simple);
+    """Give the mean squared error of the model's prediction, one float32 number per image (TokSR §5.2, L_simple);
     times, noise and drops follow `x0` to its device."""
     t, noise, drops = to_device(x0.device, t, noise, drops)
     pred = model(schedule.add_noise(x0, noise, t), t, **cond, **drops)                     # b n d
@@ -112,11 +112,11 @@ def diffusion_loss(
 
 # %% ../../nbs/diffusion/01_schedules.ipynb #895cbbf0
 def picture_noise(
-    ids: Sequence[int],                    # one number per picture, e.g. its index in the data set
+    ids: Sequence[int],                    # one number per image, e.g. its index in the data set
     shape: Sequence[int],                  # n d
     seed: int = 0,
 ) -> Tensor:
-    "Give starting noise that depends on a picture's id and the seed only, never on its neighbours in the batch: b n d."
+    "Give starting noise that depends on an image's id and the seed only, never on its neighbours in the batch: b n d."
     # the multiplier keeps (seed, id) pairs apart; torch mixes the 64-bit seed before use
     return torch.stack([torch.randn(*shape, generator=torch.Generator().manual_seed(seed * 1_000_003 + int(i)))
                         for i in ids])

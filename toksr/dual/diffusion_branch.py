@@ -21,16 +21,16 @@ from ..layers.dit import DiTConfig, TokenDiT
 @dataclass(frozen=True)
 class LatentConfig:
     "What a `LatentDiffusion` is made of, beside its autoencoder. `ValueError` names a wrong field."
-    image: int = 64                # side of the pictures
+    image: int = 64                # side of the images
     dit: str = 'd128x6'            # size of the transformer, see `toksr.layers.dit.SIZES`
     text_dim: int = 384            # channels of the caption states
     text_length: int = 24          # their number
-    prediction: str = 'v'          # departure [epsilon]: what the transformer answers
-    schedule: str = 'cosine'       # departure [Stable Diffusion's scaled linear]: the noise schedule
-    units: str = 'channel'         # departure [one]: a unit for each latent channel, or one for all
+    prediction: str = 'v'          # deviation [epsilon]: what the transformer answers
+    schedule: str = 'cosine'       # deviation [Stable Diffusion's scaled linear]: the noise schedule
+    units: str = 'channel'         # deviation [one]: a unit for each latent channel, or one for all
     patch: int = 1                 # side of the squares of latents that make one token (DiT's patch size)
-    gate: float = 1.               # departure [0]: start value of the transformer's gates
-    tie_qk: bool = True            # departure [False]: queries and keys start equal
+    gate: float = 1.               # deviation [0]: start value of the transformer's gates
+    tie_qk: bool = True            # deviation [False]: queries and keys start equal
     attention: str = 'math'        # how attention is computed; no effect on the result
 
     def __post_init__(self):
@@ -91,7 +91,7 @@ class LatentDiffusion(nn.Module):
 
     @torch.no_grad()
     def measure(self,
-        z: Tensor,                 # m n d, latents of training pictures
+        z: Tensor,                 # m n d, latents of training images
         empty: Text,               # the empty caption, a batch of one
     ) -> 'LatentDiffusion':
         "Take the units of the latents, and keep the empty caption."
@@ -117,11 +117,11 @@ class LatentDiffusion(nn.Module):
         return self.fold((z - self.shift) / self.unit)
 
     def encode(self, image: Tensor) -> Tensor:
-        "Pictures b 3 s s in [0,1] to scaled latents b n d."
+        "Images b 3 s s in [0,1] to scaled latents b n d."
         return self.scale(self.tokenizer.encode(image))
 
     def decode(self, z: Tensor) -> Tensor:
-        "Scaled latents b n d to pictures b 3 s s, not clamped."
+        "Scaled latents b n d to images b 3 s s, not clamped."
         return self.tokenizer.decode(self.unfold(z) * self.unit + self.shift)
 
     def forward(self,
@@ -136,7 +136,7 @@ class LatentDiffusion(nn.Module):
         return self.dit(x, t, replace(text, empty=self.blank(1)), drop_text=drop_text)
 
     def at(self, size: int) -> 'LatentDiffusion':
-        """This model for pictures of another size: autoencoder as it is, positions of the transformer interpolated.
+        """This model for images of another size: autoencoder as it is, positions of the transformer interpolated.
         `ValueError` if the autoencoder cannot."""
         if size == self.size: return self
         old = self.tokenizer

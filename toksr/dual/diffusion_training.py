@@ -29,14 +29,14 @@ from ..training.splits import Split
 class LatentRecipe(Recipe):
     "How the latent diffusion model is built and trained (Stable Diffusion's values in brackets)."
     dit: str = 'd128x6'            # transformer [U-Net of 860 M parameters]
-    prediction: str = 'v'          # departure [epsilon]
-    noise: str = 'cosine'          # departure [scaled linear]: noise schedule
-    units: str = 'channel'         # departure [one]: units of the latents
+    prediction: str = 'v'          # deviation [epsilon]
+    noise: str = 'cosine'          # deviation [scaled linear]: noise schedule
+    units: str = 'channel'         # deviation [one]: units of the latents
     patch: int = 2                 # side of the squares of latents that make one token [DiT: 2]
-    gate: float = 1.               # departure [0]: start value of the gates
-    tie_qk: bool = True            # departure [False]: start with equal queries and keys
+    gate: float = 1.               # deviation [0]: start value of the gates
+    tie_qk: bool = True            # deviation [False]: start with equal queries and keys
     drop: float = .1               # probability of dropping the caption [0.1]
-    perceptual: float = field(default=0., init=False)            # pictures are not looked at
+    perceptual: float = field(default=0., init=False)            # images are not looked at
     perceptual_net: str = field(default='lite0', init=False)     # without effect
     perceptual_start: float = field(default=0., init=False)      # without effect
 

@@ -20,7 +20,7 @@ from ..training.splits import batches
 
 # %% ../../nbs/dual/06_dual_tokenizer.ipynb #7e07545b
 class Codes(NamedTuple):
-    "What a picture was written down as; `None` for a stream that is left out."
+    "What an image was written down as; `None` for a stream that is left out."
     semantic: Any = None           # b m indices
     guide: Any = None              # b n indices
 
@@ -32,13 +32,13 @@ class Codes(NamedTuple):
 
 # %% ../../nbs/dual/06_dual_tokenizer.ipynb #4a9cf2eb
 class DualTokenizer:
-    """Encode pictures to semantic and guide codes; decode them by diffusion (D §3).
+    """Encode images to semantic and guide codes; decode them by diffusion (D §3).
 
     semantic: encode(image) -> b m, embeddings(indices) -> Text, n_tokens, bits. guide: indices(image) -> b n,
     decode_codes(indices) -> b 3 g g, n_tokens, bits.
     diffusion: a `LatentDiffusion`, or `toksr.hub.stable_diffusion.StableDiffusion`."""
     def __init__(self,
-        diffusion: Any,            # makes the picture
+        diffusion: Any,            # makes the image
         semantic: Any = None,      # None: a tokenizer of guides only
         guide: Any = None,         # None: a tokenizer of meanings only (SEED)
     ):
@@ -54,7 +54,7 @@ class DualTokenizer:
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Codes: # image b 3 s s in [0,1]
-        "Discrete codes of pictures."
+        "Discrete codes of images."
         return Codes(None if self.semantic is None else self.semantic.encode(image),
                      None if self.guide is None else self.guide.indices(image))
 
@@ -87,16 +87,16 @@ class DualTokenizer:
         strength: float = 1.,              # how far up the chain the guide is inverted
         steps: int = 50,                   # of the whole chain; a divisor of 1000
         guidance: float = 7.5,             # 1: the plain model
-        size: int | None = None,           # of the picture; None: the diffusion model's own
+        size: int | None = None,           # of the image; None: the diffusion model's own
         # 'inversion' (the paper) or 'noise': the guide's latent under random noise of the same level
         start: str = 'inversion',
-        noise: Tensor | None = None,       # b *latent_shape, for pictures without a guide and start='noise'
+        noise: Tensor | None = None,       # b *latent_shape, for images without a guide and start='noise'
         eta: float = 0.,                   # 0: eq. (10) without its residual noise
         generator: torch.Generator | None = None,   # draws the noise of eta > 0
         text: Text | None = None,          # to be read instead of what the semantic codes stand for
         begun: Tensor | None = None,       # b *latent, what `begin` gives with the same settings
     ) -> Tensor: # b 3 size size in [0,1]
-        """Make the pictures: guide -> enlarged -> latent -> inversion under the empty caption -> denoising under
+        """Make the images: guide -> enlarged -> latent -> inversion under the empty caption -> denoising under
         the semantic embeddings."""
         n = check_codes(self, codes)
         model = self.diffusion if size is None else self.diffusion.at(size)
@@ -114,7 +114,7 @@ def enlarged(picture: Tensor, size: int) -> Tensor:
                          align_corners=False).clamp(0, 1)
 
 def check_codes(dual: DualTokenizer, codes: Codes) -> int:
-    "Number of pictures. `ValueError` if codes are missing, belong to a branch that is not there, or differ in number."
+    "Number of images. `ValueError` if codes are missing, belong to a branch that is not there, or differ in number."
     found = {k: len(v) for k, v in codes._asdict().items() if v is not None}
     if not found: raise ValueError('codes: expected semantic or guide indices, got neither')
     for k in found:
@@ -151,12 +151,12 @@ def begin(
 
 # %% ../../nbs/dual/06_dual_tokenizer.ipynb #d9527b85
 def take_codes(codes: Codes, s: slice) -> Codes:
-    "The codes of some pictures."
+    "The codes of some images."
     return Codes(*(None if v is None else v[s] for v in codes))
 
 @torch.no_grad()
 def encode_codes(dual: DualTokenizer, image: Tensor, size: int = 100) -> Codes:
-    "Codes of all pictures n 3 h w."
+    "Codes of all images n 3 h w."
     parts = [dual.encode(image[s]) for s in batches(len(image), size)]
     return Codes(*map(_join, zip(*parts)))
 
@@ -169,8 +169,8 @@ def _join(parts: tuple) -> Tensor | None:
 @torch.no_grad()
 def begin_codes(
     dual: DualTokenizer,
-    codes: Codes,              # of n pictures, with guides
-    size: int = 50,            # pictures at a time, as in `decode_codes`
+    codes: Codes,              # of n images, with guides
+    size: int = 50,            # images at a time, as in `decode_codes`
     **sampling,                # strength, steps, see `DualTokenizer.begin`
 ) -> Tensor:
     "The inverted guides of all codes, n *latent: where every decoding of these guides starts, whatever it reads."
@@ -179,14 +179,14 @@ def begin_codes(
 @torch.no_grad()
 def decode_codes(
     dual: DualTokenizer,
-    codes: Codes,              # of n pictures
+    codes: Codes,              # of n images
     seed: int = 0,             # of the noise, for those who need any
-    size: int = 50,            # pictures at a time
+    size: int = 50,            # images at a time
     text: Text | None = None,  # n captions, to be read instead of the semantic codes
     begun: Tensor | None = None,   # of `begin_codes`: saves the inversion
     **sampling,                # strength, steps, guidance, start, see `DualTokenizer.decode`
 ) -> Tensor:
-    "Pictures n 3 h w of all codes."
+    "Images n 3 h w of all codes."
     n = len(codes.guide if codes.semantic is None else codes.semantic)
     noise = picture_noise(range(n), dual.diffusion.latent_shape, seed)
     return torch.cat([dual.decode(take_codes(codes, s), noise=noise[s], text=None if text is None else text.index(s),

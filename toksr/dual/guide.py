@@ -33,8 +33,8 @@ class GuideConfig(CodeConfig):
     width: int = 4           # channels of a vector that is quantized
     codes: int = 16384       # size of the codebook
     up: int = 8              # how many times the decoder enlarges
-    out_stem: int = 1        # departure [1]: pixels of a side that the decoder lays out at the end
-    reads: str = 'picture'   # what the encoder is given: the picture, or only the guide (a plain MoVQ)
+    out_stem: int = 1        # deviation [1]: pixels of a side that the decoder lays out at the end
+    reads: str = 'picture'   # what the encoder is given: the image, or only the guide (a plain MoVQ)
 
     def __post_init__(self):
         super().__post_init__()
@@ -60,7 +60,7 @@ class GuideTokenizer(MoVQ):
         self.guide_px = c.guide_px
 
     def target(self, image: Tensor) -> Tensor:
-        "The picture at the guide's size (D eq. 4; bicubic, antialiased), b 3 g g in [0,1]."
+        "The image at the guide's size (D eq. 4; bicubic, antialiased), b 3 g g in [0,1]."
         return shrink(image, self.guide_px)
 
     def analyse(self, x: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ def codebook_use(
     images: Tensor, # n 3 s s in [0,1]
     batch: int = 100, # images at a time
 ) -> dict[str, float]: # share of codes in use, perplexity, tokens counted
-    """Measure the use of the codebook on pictures. With fewer tokens than codes, `used` cannot reach 1: compare it
+    """Measure the use of the codebook on images. With fewer tokens than codes, `used` cannot reach 1: compare it
     with `tokens`."""
     index = torch.cat([tokenizer.indices(images[i:i + batch]).flatten() for i in range(0, len(images), batch)])
     return usage(index.bincount(minlength=tokenizer.n_codes)) | {'tokens': index.numel()}
@@ -102,12 +102,12 @@ MODES = ('wrong', 'swapped')
 
 def inject(
     indices: Tensor, # b n int64
-    k: int, # tokens to spoil in each picture
+    k: int, # tokens to spoil in each image
     codes: int, # size of the codebook
     mode: str = 'wrong', # one of MODES
     generator: torch.Generator | None = None, # chooses tokens and codes; needed if k > 0
 ) -> Tensor: # b n int64, a copy
-    "Spoil `k` tokens of each picture. `ValueError` names the argument that does not fit."
+    "Spoil `k` tokens of each image. `ValueError` names the argument that does not fit."
     (b, n), out = indices.shape, indices.clone()
     if mode not in MODES: raise ValueError(f'mode: expected one of {MODES}, got {mode!r}')
     if not 0 <= k <= n: raise ValueError(f'k: expected 0 to {n} tokens, got {k}')
@@ -125,14 +125,14 @@ def inject(
 # %% ../../nbs/dual/01_guide.ipynb #d1bebb4b
 @dataclass(frozen=True)
 class GuideRecipe(CodeRecipe):
-    "How a guide branch, or its rival, is built and trained."
+    "How a guide branch, or its baseline, is built and trained."
     family: str = 'guide'          # nothing else
     times: tuple = (1, 2, 4)       # channels of the levels in units of base [1 2 2 4]
     latent: int = 8                # channels of the encoder's map [4]
     width: int = 8                 # channels that are quantized [4]
     up: int = 4                    # how many times the decoder enlarges [8]
-    out_stem: int = 2              # departure [1]: pixels of a side that the decoder lays out at the end
-    reads: str = 'picture'         # picture: ours; guide: a plain MoVQ on the shrunk picture
+    out_stem: int = 2              # deviation [1]: pixels of a side that the decoder lays out at the end
+    reads: str = 'picture'         # image: ours; guide: a plain MoVQ on the shrunk image
     perceptual: float = 0.         # a guide has no perceptual term
 
 # %% ../../nbs/dual/01_guide.ipynb #2ceab744

@@ -26,7 +26,7 @@ from ..tokenizers.towers import size
 class LavitConfig:
     """Shape of a `LavitTokenizer`; the defaults are LaVIT's, except that its merger is as wide as the image encoder
     and its text comes from a diffusion decoder."""
-    vision: str = 'blip2' # frozen image encoder: blip2, or lite0 (departure)
+    vision: str = 'blip2' # frozen image encoder: blip2, or lite0 (deviation)
     vision_px: int = 224 # side it sees
     vision_width: int = 1408 # channels of its tokens
     patches: int = 256 # tokens it sees (a class token in front is left out)
@@ -201,7 +201,7 @@ class LavitTokenizer(nn.Module):
         return rearrange(self.encode_task_layer(self.norm(x)), 'b m w -> b w 1 m'), policy, keep
 
     def calibrate(self, features: Tensor) -> 'LavitTokenizer':
-        "Set the selector's threshold on features of many pictures, b m c."
+        "Set the selector's threshold on features of many images, b m c."
         self.selector.calibrate(self.into(features) + self.patch_embed, self.config.rate)
         return self
 

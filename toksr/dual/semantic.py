@@ -26,7 +26,7 @@ from ..tokenizers.towers import size
 @dataclass(frozen=True)
 class SemanticConfig:
     "Shape of a `SemanticTokenizer`; the defaults are SEED-1's, which is what the paper describes."
-    vision: str = 'blip2' # frozen image encoder: blip2, or lite0 (departure)
+    vision: str = 'blip2' # frozen image encoder: blip2, or lite0 (deviation)
     vision_px: int = 224 # side it sees
     vision_width: int = 1408 # channels of its tokens
     queries: int = 32 # codes of an image

@@ -38,11 +38,11 @@ class SemanticRecipe:
     steps_match: int = 300         # stage 1, contrastive (seed) [10 epochs of 5 million pairs]
     steps_codes: int = 200         # stage 2: codebook and what brings the answers (lavit: features) back
     steps_reverse: int = 200       # stage 3: reverse Q-Former
-    batch: int = 128               # pictures per step [64 on each GPU]
-    optimizer: str = 'muon'        # departure [adamw]
+    batch: int = 128               # images per step [64 on each GPU]
+    optimizer: str = 'muon'        # deviation [adamw]
     lr: float = 1e-3               # AdamW's peak learning rate [0.00003]
     muon_lr: float = 4e-3          # Muon's peak learning rate
-    schedule: str = 'trapezoid'    # departure [cosine]
+    schedule: str = 'trapezoid'    # deviation [cosine]
     decay_share: float = .6        # trapezoid: share of the steps spent going down
     final_lr: float = .02          # learning rate at the end, share of the peak [0.1]
     warmup: int = 20               # steps [2000]
@@ -51,18 +51,18 @@ class SemanticRecipe:
     clip: float = 1.               # largest gradient norm
     ema: float = .98               # averaging of the weights [0]
     precision: str = 'no'          # [fp16]; bf16 is no faster at these sizes on every processor
-    vision: str = 'lite0'          # departure [blip2]: frozen image encoder
+    vision: str = 'lite0'          # deviation [blip2]: frozen image encoder
     vision_px: int = 96            # side it sees [224]
-    keep_features: bool = True     # compute them once (departure [False]: no room)
+    keep_features: bool = True     # compute them once (deviation [False]: no room)
     size: str = 'd128x4'           # Q-Former [base]; lavit: merger [d1408x12h16]
     mlp_ratio: int = 2             # [4]
-    dropout: float = 0.            # departure [0.1]
-    queries: int = 32              # codes of a picture (seed)
-    project: int = 128             # space where pictures and captions meet (seed) [256]
+    dropout: float = 0.            # deviation [0.1]
+    queries: int = 32              # codes of an image (seed)
+    project: int = 128             # space where images and captions meet (seed) [256]
     smoothing: float = .1          # of the contrastive labels (seed)
     codes: int = 1024              # codebook [8192; lavit 16384]
     code_width: int = 32           # channels of a code
-    revive: str = 'random'         # departure [none]: revival of dead codes
+    revive: str = 'random'         # deviation [none]: revival of dead codes
     decoder_layers: int = 4        # blocks that bring the answers back (lavit: features) [lavit 12]
     image_layers: int = 0          # blocks in front of the reverse Q-Former (seed) [4]
     reverse_layers: int = 4        # layers of the reverse Q-Former
@@ -108,7 +108,7 @@ def build_semantic(recipe: SemanticRecipe, text: Text,
     return (SemanticTokenizer if recipe.kind == 'seed' else LavitTokenizer)(c, recipe.seed, vision).set_empty(text)
 
 def part(split: Split, n: int) -> Split:
-    """The first `n` pictures of a split that is already there (0: all): their caption states come from the cache of
+    """The first `n` images of a split that is already there (0: all): their caption states come from the cache of
     the whole."""
     if not n or n >= len(split): return split
     return Split(split.name, split.images[:n], split.captions[:n], split.objects[:n], split.backgrounds[:n],
@@ -211,7 +211,7 @@ def stage(
     task: Task, # what to train
     recipe: SemanticRecipe,
     steps: int, # of this stage
-    split: Split, # training pictures
+    split: Split, # training images
     root: Path | None = None, # of the checkpoints
 ) -> FitResult:
     "Train one stage; its modules get the averaged weights and are then left alone."
@@ -225,7 +225,7 @@ def stage(
 
 def train_semantic(
     recipe: SemanticRecipe,
-    split: Split, # training pictures and their captions
+    split: Split, # training images and their captions
     vision: nn.Module | None = None, # the frozen encoder, if it is already there
     root: Path | None = None, # of the checkpoints
 ) -> tuple[SemanticTokenizer | LavitTokenizer, dict[str, FitResult]]:

@@ -124,7 +124,7 @@ def load_published_codes(
     name: str, # a key of `PUBLISHED_CODES`
     # sealed safetensors with the published names; None: from the hub, where that is safetensors
     path: str | Path | None = None,
-    image: int = 256, # side of the pictures
+    image: int = 256, # side of the images
 ) -> CodeTokenizer:
     "Load a released tokenizer. `WeightsError` if the file is a pickle, altered, another model's, or not to be had."
     entry = published_entry(name)
@@ -137,12 +137,12 @@ def load_published_codes(
 class OpenMAGVIT2(nn.Module):
     """A model built by Open-MAGVIT2's own code, under the protocol of `toksr.tokenizers.grid.GridTokenizer`.
 
-    Weights `TencentARC/Open-MAGVIT2-Tokenizer-256-resolution` (Apache-2.0), pictures inside in [-1, 1], 256 tokens of
+    Weights `TencentARC/Open-MAGVIT2-Tokenizer-256-resolution` (Apache-2.0), images inside in [-1, 1], 256 tokens of
     18 bits at 256 px."""
     kind = 'open-magvit2'
     def __init__(self,
         model: nn.Module, # has encode(x) -> (signs b d h w, ...) and decode(signs) -> x
-        image: int = 256, # side of the pictures
+        image: int = 256, # side of the images
         factor: int = 16, # pixels of a side of a code
         width: int = 18, # signs of a code
     ):

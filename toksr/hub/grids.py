@@ -55,7 +55,7 @@ def dalle_config(encoder: dict[str, Tensor], decoder: dict[str, Tensor], image: 
 def published_dalle(
     encoder: dict[str, Tensor], # state of the package's Encoder
     decoder: dict[str, Tensor], # state of its Decoder
-    image: int = 256, # side of the pictures
+    image: int = 256, # side of the images
 ) -> Dalle:
     "DALL-E's released dVAE (package `DALL-E`, modified MIT): [0,1] in and out, 8 pixels a token, 8192 codes."
     tok = Dalle(dalle_config(encoder, decoder, image))
@@ -120,7 +120,7 @@ class PublishedCosmos(GridTokenizer):
         decoder: nn.Module, # indices b h w (DI) or latents b 16 h w (CI) -> image
         factor: int, # pixels a token
         is_discrete: bool, # DI
-        image: int = 256, # side of the pictures
+        image: int = 256, # side of the images
     ):
         levels = (8, 8, 8, 5, 5, 5) if is_discrete else ()
         config = CosmosConfig(image=image, factor=factor, levels=levels)

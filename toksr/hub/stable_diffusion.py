@@ -33,7 +33,7 @@ SETTINGS = ('num_train_timesteps', 'beta_start', 'beta_end', 'beta_schedule', 't
             'set_alpha_to_one', 'steps_offset', 'timestep_spacing')
 
 class StableDiffusion(nn.Module):
-    """Stable Diffusion 1.x as the diffusion branch: pictures in [0,1], latents b 4 h w in units of their deviation.
+    """Stable Diffusion 1.x as the diffusion branch: images in [0,1], latents b 4 h w in units of their deviation.
 
     Everything is frozen. Inputs may lie anywhere; they are computed on `device` and come back where they were."""
     def __init__(self,
@@ -71,7 +71,7 @@ class StableDiffusion(nn.Module):
         return self.vae.config.latent_channels, self.size // self.factor, self.size // self.factor
 
     def at(self, size: int) -> 'StableDiffusion':
-        "The same model for pictures of another size. `ValueError` unless it is a multiple of what the U-Net halves."
+        "The same model for images of another size. `ValueError` unless it is a multiple of what the U-Net halves."
         if size < 1 or size % self.multiple: raise ValueError(f'size={size}: expected a multiple of {self.multiple}')
         other = copy(self)
         other.size = size
@@ -90,13 +90,13 @@ class StableDiffusion(nn.Module):
 
     @torch.no_grad()
     def encode(self, image: Tensor) -> Tensor:
-        "Pictures b 3 s s in [0,1] to the modes of their latents, b 4 s/8 s/8."
+        "Images b 3 s s in [0,1] to the modes of their latents, b 4 s/8 s/8."
         x = (2 * image - 1).to(self.device, self.vae.dtype)
         return (self.vae.encode(x).latent_dist.mode() * self.vae.config.scaling_factor).to(image.device, torch.float32)
 
     @torch.no_grad()
     def decode(self, z: Tensor) -> Tensor:
-        "Latents to pictures b 3 s s, not clamped."
+        "Latents to images b 3 s s, not clamped."
         x = self.vae.decode(z.to(self.device, self.vae.dtype) / self.vae.config.scaling_factor).sample
         return ((x + 1) / 2).to(z.device, torch.float32)
 

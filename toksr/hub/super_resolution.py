@@ -27,7 +27,7 @@ class InfDiTCommand(Baseline):
     """Inf-DiT (Yang et al. 2024) as a command. Code: github THUDM/Inf-DiT (Apache-2.0); weights: one file linked
     there, licence not stated, no hub id. ×2 and ×4;
     low-resolution sides must be multiples of 32. `FileNotFoundError` if the command does not exist, `RuntimeError` if
-    it fails or leaves a picture out."""
+    it fails or leaves an image out."""
     name, multiple, factors = 'Inf-DiT', 32, (2, 4)
 
     def __init__(self,
@@ -68,7 +68,7 @@ class InfDiTCommand(Baseline):
         if done.returncode: raise RuntimeError(f'Inf-DiT: exit status {done.returncode}: {done.stderr.strip()[-500:]}')
 
     def read(self, folder: Path, stem: str, size: tuple[int, int]) -> Tensor:
-        "The picture that belongs to an input, 3 h w in [0,1]."
+        "The image that belongs to an input, 3 h w in [0,1]."
         found = sorted(folder.rglob(f'*{stem}*.png'))
         if len(found) != 1:
             raise RuntimeError(f'Inf-DiT: expected one result with {stem} in its name, found {len(found)}')
@@ -129,7 +129,7 @@ class StableDiffusion3(Baseline):
         published: Published3 = SD3,         # steps and guidance
         side: int = 1024,                    # pixels at which it works
         strength: float = 1.,                # of the ControlNet
-        seed: int = 0,                       # of the noise; picture i gets seed + i
+        seed: int = 0,                       # of the noise; image i gets seed + i
         # captions -> keyword arguments (prompt_embeds …); default: the captions themselves
         prompt: Callable[[list[str]], dict] | None = None,
     ):
@@ -138,7 +138,7 @@ class StableDiffusion3(Baseline):
 
     @torch.no_grad()
     def upscale(self, lr: Tensor, factor: int) -> Tensor:
-        "Answer one picture at a time: b 3 h w in [0,1]."
+        "Answer one image at a time: b 3 h w in [0,1]."
         captions = self.captions or [''] * len(lr)
         if len(captions) != len(lr):
             raise ValueError(f'captions: expected one for each of {len(lr)} pictures, got {len(captions)}')
@@ -148,7 +148,7 @@ class StableDiffusion3(Baseline):
                           for i, (x, c) in enumerate(zip(lr, captions))])
 
     def one(self, x: Tensor, caption: str, seed: int, size: int) -> Tensor:
-        "One picture 1 3 h w, enlarged to `side`, answered, scaled to `size`."
+        "One image 1 3 h w, enlarged to `side`, answered, scaled to `size`."
         control = 2 * upscale(x, self.side // x.shape[-1]) - 1                       # 1 3 side side
         out = self.pipe(**self.prompt([caption]),
                         control_image=control.to(self.pipe.device, self.pipe.transformer.dtype), height=self.side,

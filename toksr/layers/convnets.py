@@ -19,11 +19,11 @@ NORMS, ATTENTIONS = ('group', 'spatial', 'style'), ('none', 'middle', 'level')
 @dataclass(frozen=True)
 class ConvConfig:
     "Shape of a tower. `ValueError` names what does not fit."
-    channels: tuple[int, ...] = (128, 128, 256, 256, 512)   # of each level, from the picture down
+    channels: tuple[int, ...] = (128, 128, 256, 256, 512)   # of each level, from the image down
     layers: int = 2         # residual blocks of a level (the decoder has one more)
     # where there is attention, one of ATTENTIONS: nowhere, in the middle, also in all of the coarsest level
     attention: str = 'level'
-    stem: int = 1           # departure [1]: pixels of a side that are laid into channels before anything else
+    stem: int = 1           # deviation [1]: pixels of a side that are laid into channels before anything else
     norm: str = 'group'     # of the decoder, one of NORMS
 
     def __post_init__(self):
@@ -37,7 +37,7 @@ class ConvConfig:
             raise ValueError(f'stem and layers must be at least 1, got {self.stem} and {self.layers}')
 
     def blocks(self, kind: str) -> tuple[str, ...]:
-        "Names of diffusers' blocks, from the picture down, for kind `DownEncoderBlock2D` or `UpDecoderBlock2D`."
+        "Names of diffusers' blocks, from the image down, for kind `DownEncoderBlock2D` or `UpDecoderBlock2D`."
         return (kind,) * (len(self.channels) - 1) + (f'Attn{kind}' if self.attention == 'level' else kind,)
 
     @property
@@ -58,7 +58,7 @@ def levels(
 
 # %% ../../nbs/layers/04_convnets.ipynb #102dd6dc
 class ConvEncoder(nn.Module):
-    "Pictures b 3 h w to a map b out h/factor w/factor."
+    "Images b 3 h w to a map b out h/factor w/factor."
     def __init__(self,
         config: ConvConfig, # shape
         out: int, # channels of the map
@@ -73,7 +73,7 @@ class ConvEncoder(nn.Module):
         return self.net(x)                                                         # b out h/f w/f
 
 class Style(nn.Module):
-    "Open-MAGVIT2's adaptive group norm: scale and shift channels by spread and mean of the codes over the picture."
+    "Open-MAGVIT2's adaptive group norm: scale and shift channels by spread and mean of the codes over the image."
     def __init__(self,
         channels: int, # of the hidden map
         code: int, # channels of the codes
@@ -89,7 +89,7 @@ class Style(nn.Module):
 
 # %% ../../nbs/layers/04_convnets.ipynb #4e3aa981
 class ConvDecoder(nn.Module):
-    "A map b d h w and the codes it comes from, b e h w, to pictures b 3 (h factor) (w factor)."
+    "A map b d h w and the codes it comes from, b e h w, to images b 3 (h factor) (w factor)."
     def __init__(self,
         config: ConvConfig, # shape and norm
         width: int, # channels of the map

@@ -31,7 +31,7 @@ def projection(c_in: int, hidden: int, c_out: int) -> nn.Sequential:
     return nn.Sequential(nn.LayerNorm(c_in), nn.Linear(c_in, hidden), nn.GELU(), nn.Linear(hidden, c_out))
 
 class ImageTower(nn.Module):
-    "Pictures b 3 h w in [0,1], or Lite0's pooled features b 1280, to embeddings b c."
+    "Images b 3 h w in [0,1], or Lite0's pooled features b 1280, to embeddings b c."
     def __init__(self, hidden: int, embed: int, net: Lite0):
         super().__init__()
         # a list: frozen weights are not part of the state
@@ -70,16 +70,16 @@ def make_aligner(
 # %% ../../nbs/metrics/03_alignment.ipynb #11daae4f
 @dataclass(frozen=True)
 class AlignerRecipe(Recipe):
-    "How the judge is built and trained; no pictures are made, so the perceptual settings of `Recipe` do nothing."
+    "How the judge is built and trained; no images are made, so the perceptual settings of `Recipe` do nothing."
     embed: int = 128            # of the shared space
     hidden: int = 256           # of the projections
     noise: float = .1           # deviation of noise on the features, as a share of their own: the corpus is small
 
 class AlignerTask(Task):
-    "Tell matching features of pictures and captions from the others of the batch."
+    "Tell matching features of images and captions from the others of the batch."
     def __init__(self,
         model: CustomTextCLIP,
-        seen: Tensor,           # n 1280, features of the pictures
+        seen: Tensor,           # n 1280, features of the images
         read: Tensor,           # n 384, pooled captions
         noise: float = .1,      # share of the features' deviation
     ):
@@ -102,7 +102,7 @@ def image_features(net: Lite0, images: np.ndarray) -> Tensor:
         return torch.cat([net.pooled(to_float(images[s]).to(device)).float().cpu() for s in batches(len(images), 200)])
 
 def train_aligner(recipe: AlignerRecipe, split: Split, root: Path | None = None) -> tuple[CustomTextCLIP, FitResult]:
-    "Train the judge on captioned pictures; averaged weights come back."
+    "Train the judge on captioned images; averaged weights come back."
     seed_everything(recipe.seed)
     torch.manual_seed(recipe.seed)
     net = Lite0()
@@ -130,7 +130,7 @@ def alignment(
     images: Tensor,         # n 3 h w, clamped here
     text: Text,             # their captions
 ) -> Tensor:                # n
-    "100 × cosine between each picture and its caption."
+    "100 × cosine between each image and its caption."
     if len(images) != len(text):
         raise ValueError(f'alignment: expected one caption per picture, got {len(images)} pictures and {len(text)} '
                          f'captions')
@@ -144,7 +144,7 @@ def caption_rank(
     images: Tensor,         # n 3 h w, clamped here
     text: Text,             # their captions
 ) -> Tensor:                # n, 0 = first
-    "How many of the n captions fit a picture strictly better than its own."
+    "How many of the n captions fit an image strictly better than its own."
     t = model.encode_text(text, normalize=True)                                                             # n c
     # n n
     scores = torch.cat([model.encode_image(images[s].clamp(0, 1), normalize=True) @ t.T for s in batches(len(images))])

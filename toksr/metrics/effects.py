@@ -37,17 +37,17 @@ def over_seeds(
 # %% ../../nbs/metrics/07_effects.ipynb #708d638c
 @dataclass(frozen=True)
 class SeedEffect(Interval):
-    "A mean difference and its interval for other pictures and other training seeds"
+    "A mean difference and its interval for other images and other training seeds"
     seeds: int = 1               # trained pairs
     by_seed: tuple = ()          # the mean of each
 
 def seed_effect(
-    a,                      # seeds × pictures: one number for each
-    b,                      # the other arm's: same seeds, same pictures, same order
+    a,                      # seeds × images: one number for each
+    b,                      # the other variant's: same seeds, same images, same order
     level: float = .95,     # of confidence
 ) -> SeedEffect:
-    """The mean of `a − b` over seeds and pictures; with one seed the interval counts the pictures only.
-    `ValueError` for unequal shapes or fewer than 2 pictures."""
+    """The mean of `a − b` over seeds and images; with one seed the interval counts the images only.
+    `ValueError` for unequal shapes or fewer than 2 images."""
     a, b = (np.asarray(v, np.float64) for v in (a, b))
     if a.shape != b.shape or a.ndim != 2 or a.shape[1] < 2:
         raise ValueError(f'seed_effect: expected two tables seeds × pictures of one shape, got {a.shape} and {b.shape}')
@@ -70,7 +70,7 @@ def verdict(effect: Interval, better: str = 'helps', worse: str = 'hurts') -> st
 
 # %% ../../nbs/metrics/07_effects.ipynb #324224ca
 def wrong_text(split: Split, seed: int = 0) -> Text:
-    "For each picture the caption of another; in scenes, one that shares no object with it."
+    "For each image the caption of another; in scenes, one that shares no object with it."
     if split.objects: return states(wrong_captions(split, seed), split.encoder)
     order = np.random.default_rng(seed).permutation(len(split))
     other = np.empty(len(split), int)
@@ -78,7 +78,7 @@ def wrong_text(split: Split, seed: int = 0) -> Text:
     return split.text.index(other)
 
 def caption_variants(split: Split, seed: int = 0) -> dict[str, Text]:
-    """The same pictures with captions of several kinds. What a scene holds is known; without that (photographs of
+    """The same images with captions of several kinds. What a scene holds is known; without that (photographs of
     the world) no part can be left out."""
     out = {'complete': split.text}
     if split.objects:
@@ -91,7 +91,7 @@ def object_masks(
     maker: SceneMaker,      # with the stamps and the seed of the corpus
     index: int,             # number of the scene
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    "A scene's picture (bytes h w 3), and for each object, in the caption's order, where it is visible (bool h w)."
+    "A scene's image (bytes h w 3), and for each object, in the caption's order, where it is visible (bool h w)."
     scene, masks = maker.scene(index), []
     for name in scene.objects:
         clear = lambda s: replace(s, image=Image.new(s.image.mode, s.image.size)) if s.caption == name else s
@@ -122,7 +122,7 @@ def score(
     nets: list,                    # see `toksr.metrics.per_image.per_image`
     **labels,                      # columns that say what the rows belong to
 ) -> pd.DataFrame:
-    "A row per picture and method: psnr, ssim (data range 1) and a distance per network."
+    "A row per image and method: psnr, ssim (data range 1) and a distance per network."
     return pd.concat([per_image(target, shrink(o.clamp(0, 1), target.shape[-1]), nets=nets).assign(method=k, **labels)
                       for k, o in outputs.items()], ignore_index=True)
 
@@ -131,7 +131,7 @@ def effects(
     pairs: list[tuple[str, str]],                         # method, against
     metrics: tuple[str, ...] = ('psnr', 'ssim', 'lite0'),
 ) -> pd.DataFrame:
-    """Paired differences method minus against, with 95 % intervals over pictures: split, method, against, metric,
+    """Paired differences method minus against, with 95 % intervals over images: split, method, against, metric,
     effect, lo, hi, n."""
     found, by = [], rows.set_index(['split', 'method'])
     for split in rows.split.unique():

@@ -46,7 +46,7 @@ def _pair(a: Tensor, b: Tensor, uint8: bool = False) -> tuple[Tensor, Tensor]:
 def psnr(
     target: Tensor,         # b 3 h w in [0,1]
     output: Tensor,         # b 3 h w, clamped to [0,1]
-    uint8: bool = False,    # round both to 8 bits first, as a saved picture is
+    uint8: bool = False,    # round both to 8 bits first, as a saved image is
 ) -> Tensor:
     "Peak signal-to-noise ratio in dB, `b`; at most 100. ValueError for unequal shapes or values that are not finite."
     a, b = _pair(target, output, uint8)

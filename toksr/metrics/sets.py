@@ -140,7 +140,7 @@ def inception_score(
     logits: Tensor,        # n classes
     level: float = .95,    # of confidence
 ) -> Interval:
-    """Inception score of class scores, with a jackknife interval over pictures. `ValueError` unless they are n
+    """Inception score of class scores, with a jackknife interval over images. `ValueError` unless they are n
     classes, n ≥ 2, and finite."""
     if logits.ndim != 2 or len(logits) < 2 or not logits.isfinite().all():
         raise ValueError(f'logits: expected finite scores n classes with n of 2 or more, got {tuple(logits.shape)}')
@@ -148,7 +148,7 @@ def inception_score(
     entropy = lambda p: -(p * p.clamp_min(1e-300).log()).sum(-1)
     n, h, total = len(p), entropy(p), p.sum(0)
     score = (entropy(total / n) - h.mean()).exp().item()
-    without = (entropy((total - p) / (n - 1)) - (h.sum() - h) / (n - 1)).exp()  # n: without one picture each
+    without = (entropy((total - p) / (n - 1)) - (h.sum() - h) / (n - 1)).exp()  # n: without one image each
     half = torch.distributions.Normal(0.,
                                       1.).icdf(torch.tensor((1 + level) / 2)).item() * math.sqrt((n
                                               - 1) * without.var(correction=0).item())
@@ -162,12 +162,12 @@ class InceptionLogits(Inception):
 
 @in_float32
 def class_scores(net, images: Tensor, batch: int = 64) -> Tensor:
-    "Class scores of many pictures n 3 h w, clamped to [0,1]: n classes."
+    "Class scores of many images n 3 h w, clamped to [0,1]: n classes."
     return torch.cat([net.logits(images[i:i+batch].clamp(0, 1)) for i in range(0, len(images), batch)])
 
 # %% ../../nbs/metrics/02_sets.ipynb #541249f8
 def judges(features: str) -> tuple[nn.Module, nn.Module]:
-    """The network of set metrics (`pooled`, `logits`) and that of picture distances: lite0 for both, or inception
+    """The network of set metrics (`pooled`, `logits`) and that of image distances: lite0 for both, or inception
     and LPIPS-VGG. `ValueError` for another name."""
     if features not in ('lite0', 'inception'):
         raise ValueError(f'features: expected lite0 or inception, got {features!r}')

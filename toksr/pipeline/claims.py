@@ -70,7 +70,7 @@ class Measure(NamedTuple):
     effect: float
     lo: float
     hi: float
-    n: int               # pictures
+    n: int               # images
 
 def _line(rows: pd.DataFrame, pick: dict, claim: Claim) -> pd.Series:
     for k, v in pick.items():

@@ -26,7 +26,7 @@ from ..training.losses import Discriminator
 # %% ../../nbs/pipeline/15_costs.ipynb #7af8b372
 @dataclass(frozen=True)
 class Cost:
-    "What a network takes, per picture"
+    "What a network takes, per image"
     name: str
     parameters: int     # numbers in it
     forward: int        # floating-point operations of a call
@@ -56,10 +56,10 @@ def count_parameters(module: nn.Module) -> int:
 def cost(
     name: str,
     module: nn.Module,     # on the meta device
-    *inputs: Any,          # of one picture; those that need a gradient say so
+    *inputs: Any,          # of one image; those that need a gradient say so
     **kwargs: Any,
 ) -> Cost:
-    "Count a call of a network and its backward pass. `ValueError` for inputs of more than one picture."
+    "Count a call of a network and its backward pass. `ValueError` for inputs of more than one image."
     if any(isinstance(x, Tensor) and x.ndim > 1 and len(x) != 1 for x in inputs):
         raise ValueError(f'{name}: costs are counted per picture, expected inputs with a batch of 1')
     flops = train_flops(module, *inputs, **kwargs)
@@ -103,11 +103,11 @@ def convnext_s() -> nn.Module:
 def paper_networks(
     tokenizer: TokenizerRecipe,   # settings of the tokenizer's training
     sr: SRRecipe,                 # settings of the super-resolver's training
-    px: int = 256,                # side of the pictures
+    px: int = 256,                # side of the images
     width: int = 768,             # of the caption states
     length: int = 77,             # caption states
 ) -> dict[str, Cost]:
-    "Count every network that the two trainings run, each on one picture."
+    "Count every network that the two trainings run, each on one image."
     with torch.device('meta'):
         tok, dit = Tokenizer(tokenizer.config(px, width, length)), TokenDiT(dit_config(tokenizer, sr, width))
         image, states, z = torch.zeros(1, 3, px, px), torch.zeros(1, length, width), torch.zeros(1, tokenizer.n_tokens,
@@ -136,11 +136,11 @@ def dit_config(tokenizer: TokenizerRecipe, sr: SRRecipe, width: int) -> DiTConfi
 class Stage:
     "One stage of a paper-size run"
     name: str
-    pictures: float    # picture passes
+    pictures: float    # image passes
     flops: float       # operations in all
     trained: int       # parameters that are trained
     held: int          # other parameters in memory
-    saved: int         # bytes kept per picture of a batch, in float32
+    saved: int         # bytes kept per image of a batch, in float32
 
     def hours(self, tflops: float, utilisation: float) -> float:
         "GPU-hours at a peak (TFLOP/s) of which a share is reached."
@@ -152,7 +152,7 @@ class Stage:
         return (self.trained * optimizer + self.held * 4 + batch * self.saved / (2 if half else 1)) / 1e9
 
     def fits(self, memory: float, half: bool = True) -> int:
-        "Pictures of a batch that fit into so many GB; 0 if none."
+        "Images of a batch that fit into so many GB; 0 if none."
         return max(0, int((memory * 1e9 - self.trained * 20 - self.held
                            * 4) // (self.saved / (2 if half else 1)))) if self.saved else 0
 
@@ -165,7 +165,7 @@ def tokenizer_stage(nets: dict[str, Cost], recipe: TokenizerRecipe) -> Stage:
     "Training of the tokenizer; memory as with the opponent."
     tok, back = (nets['tokenizer'], nets['detokenizer']), (nets['LPIPS (VGG16)'], nets['ConvNeXt-S'])
     judge, share = nets['discriminator'], adversarial_share(recipe)
-    seen = back[0].total + back[1].total + back[1].forward                      # LPIPS takes both pictures in one call
+    seen = back[0].total + back[1].total + back[1].forward                      # LPIPS takes both images in one call
     played = 2 * judge.forward + 2 * judge.total if share else 0   # its turn, then the opponent's
     per = sum(c.total for c in tok) + (seen if recipe.perceptual else 0) + share * played
     n, held = recipe.steps * recipe.batch, sum(c.parameters for c in back)
@@ -177,7 +177,7 @@ def sr_stages(
     nets: dict[str, Cost],
     recipe: SRRecipe,
     pictures: int,            # of the training set
-    held_out: int = 5000,     # pictures super-resolved at the end
+    held_out: int = 5000,     # images super-resolved at the end
     steps: int = 50,          # denoising steps of each
     guided: bool = True,      # two predictions a step
 ) -> list[Stage]:
@@ -191,7 +191,7 @@ def sr_stages(
                   enc.parameters + dec.parameters + dit.parameters, 0)]
 
 # %% ../../nbs/pipeline/15_costs.ipynb #91448047
-# name: pictures, GB as the publishers state them (COCO: 18 + 1 GB of pictures and 0.24 of annotations; ILSVRC 2012
+# name: images, GB as the publishers state them (COCO: 18 + 1 GB of images and 0.24 of annotations; ILSVRC 2012
 # training set: 138 GB)
 DATASETS = {
     'COCO 2017': (123_287, 19.24),
@@ -201,9 +201,9 @@ DATASETS = {
 def disk(
     nets: dict[str, Cost],
     tokenizer: TokenizerRecipe,
-    imagenet: int = 600_000,                # pictures used for the tokenizer
+    imagenet: int = 600_000,                # images used for the tokenizer
     coco: int = 118_287 + 5_000,            # for the super-resolver
-    state: tuple[int, int] = (77, 768),     # caption states of a picture
+    state: tuple[int, int] = (77, 768),     # caption states of an image
 ) -> dict[str, float]:
     "GB of data, caches (float16) and checkpoints (weights, average and two moments in float32)."
     gb = lambda *n: 2e-9 * torch.tensor(n, dtype=torch.float64).prod().item()

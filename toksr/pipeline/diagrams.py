@@ -69,7 +69,7 @@ def _words(s: Sketch, text_in: str, states: str, encoder: str):
     s.arrow('again', 'decoder')
 
 def _extras(s: Sketch, tok: nn.Module, seen: dict[str, Seen]):
-    "Departures: the linear path beside the transformers, the convolutional head behind them."
+    "Deviations: the linear path beside the transformers, the convolutional head behind them."
     if tok.linear is not None:
         s.box('pca', 4.4, 3.3, f'{tok.n_tokens * tok.width} principal components (departure)', 'frozen', 2.9, .5)
         s.box('back', 10.8, 3.3, 'and back (departure)', 'frozen', 2.1, .5)
@@ -130,7 +130,7 @@ def draw_sr(
     return s
 
 def _finish(s: Sketch, sr: nn.Module, seen: dict[str, Seen], consistency: int):
-    "Departures: first guess, retouching net, back-projection."
+    "Deviations: first guess, retouching net, back-projection."
     if sr.config.base == 'ridge':
         s.box('base', 8.6, 3.5, 'ridge regression: first guess at the sharp tokens (departure)', 'frozen', 4.2, .45)
         s.box('plus', 12.2, 1.1, '+', 'rule', .3, .3)
@@ -191,7 +191,7 @@ def draw_overview(
 
 # %% ../../nbs/pipeline/17_diagrams.ipynb #fe678004
 def dual_seen(dual: Any, image: Tensor, steps: int = 4) -> dict[str, Seen]:
-    "Watch the parts of a dual tokenizer while it encodes and decodes a picture."
+    "Watch the parts of a dual tokenizer while it encodes and decodes an image."
     g, m, d = dual.guide, dual.semantic, dual.diffusion
     parts = {'guide encoder': g.encoder, 'guide decoder': g.decoder, 'vision': m.vision, 'causal': m.causal,
              'reverse': m.reverse, 'dit': d.dit, 'block': d.dit.blocks[0]}

@@ -107,7 +107,7 @@ class Sketch:
         kind: str = 'data',    # one of `KINDS`
         w: float = 1.5,        # width
         h: float = .8,         # height
-        image: Any = None,     # a picture to show above the text
+        image: Any = None,     # an image to show above the text
     ) -> str:
         "Place a box. `ValueError` for an unknown kind or a name given twice."
         if kind not in KINDS: raise ValueError(f'kind: expected one of {", ".join(KINDS)}, got {kind!r}')

@@ -27,12 +27,12 @@ from ..training.losses import Discriminator, LossConfig, lpips_convnext, Tokeniz
 def timed(
     name: str,                     # of the row
     step: Callable[[], Tensor],    # one optimizer step; gives the loss
-    batch: int,                    # pictures in a step
+    batch: int,                    # images in a step
     repeats: int = 20,             # timed steps
     warm: int = 5,                 # steps before them
     device: str = 'cuda',
 ) -> dict:
-    "Seconds a step, pictures a second and peak memory. `FloatingPointError` if a loss is not finite."
+    "Seconds a step, images a second and peak memory. `FloatingPointError` if a loss is not finite."
     wait = torch.cuda.synchronize if device == 'cuda' else lambda: None
     for _ in range(warm): step()
     wait()

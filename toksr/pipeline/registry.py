@@ -60,7 +60,7 @@ def text_aware(tokenizer: nn.Module) -> str:
             'both': 'Tokenizer + Detokenizer'}[getattr(tokenizer.config, 'text_in', 'none')]
 
 # %% ../../nbs/pipeline/12_registry.ipynb #aa2af382
-ZOO = {  # README of the public code, ImageNet val, 50 000 pictures: rFID, IS (nan: not stated)
+ZOO = {  # README of the public code, ImageNet val, 50 000 images: rFID, IS (nan: not stated)
     'titok_kl': ('TiTok-LL32 VAE', 1.61, math.nan),
     'tatitok_kl': ('TA-TiTok-BL32 VAE', 1.53, 222.0),
     'titok_vq': ('TiTok-L32 VQ', 2.21, math.nan),
@@ -73,7 +73,7 @@ def floor_pca(
     seed: int = 0,            # of the fit
 ) -> PCATokenizer:
     """Principal components with as many tokens and numbers as a tokenizer. `ValueError` if there are too few
-    pictures to fit to."""
+    images to fit to."""
     if getattr(tokenizer, 'linear', None) is None:
         return PCATokenizer.fit(images, tokenizer.n_tokens, tokenizer.width, seed)
     pca = PCATokenizer(images.shape[1], tokenizer.n_tokens, tokenizer.width)

@@ -48,7 +48,7 @@ def _text(x: str | list[str]) -> str:
     return _ADDRESS.sub(r'\1', ''.join(x))
 
 def _stable_outputs(outputs: list) -> list:
-    """Outputs without progress, addresses, widgets and timings; neighbouring prints as one, and no picture twice in
+    """Outputs without progress, addresses, widgets and timings; neighbouring prints as one, and no image twice in
     a row"""
     kept: list = []
     for o in outputs:

@@ -21,7 +21,7 @@ from ..training.splits import batches
 
 # %% ../../nbs/sr/07_baselines.ipynb #5f920f66
 class Baseline:
-    "Anything that enlarges pictures. Subclass it and write `upscale`; adapters for other people's systems do the same."
+    "Anything that enlarges images. Subclass it and write `upscale`; adapters for other people's systems do the same."
     name: str = 'baseline'
 
     def upscale(self,
@@ -118,7 +118,7 @@ def read_ncnn(net: nn.Module, data: bytes, name: str = 'weights') -> dict[str, T
 class FixedFactor(Baseline):
     "A network `b 3 h w -> b 3 (h factor) (w factor)`, frozen, as a baseline."
     def __init__(self,
-        net: nn.Module,   # maps pictures in [0,1] to larger ones
+        net: nn.Module,   # maps images in [0,1] to larger ones
         factor: int,      # by how much
         name: str,
     ):

@@ -38,11 +38,11 @@ class BaselineConfig:
     text_dim: int = 384              # channels of the caption states; 0: no captions (infdit has none)
     objective: str = 'diffusion'     # diffusion (TokSR), flow (SD3) or edm (Inf-DiT)
     conditioning: str = 'channels'  # concat: low-resolution tokens behind the noisy ones (TokSR); channels: beside them
-    base: str = 'token'  # departure [none]: the residual from a regression of each token on its low-resolution token
-    prediction: str = 'sample'       # departure [epsilon]: of objective 'diffusion'
-    noise: str = 'cosine'            # departure [linear]: noise schedule of objective 'diffusion'
-    gate: float = 1.  # departure [0]: start value of the transformer's gates; Inf-DiT has no gates, so 1 is its value
-    tie_qk: bool = True              # departure [False]: queries and keys start equal
+    base: str = 'token'  # deviation [none]: the residual from a regression of each token on its low-resolution token
+    prediction: str = 'sample'       # deviation [epsilon]: of objective 'diffusion'
+    noise: str = 'cosine'            # deviation [linear]: noise schedule of objective 'diffusion'
+    gate: float = 1.  # deviation [0]: start value of the transformer's gates; Inf-DiT has no gates, so 1 is its value
+    tie_qk: bool = True              # deviation [False]: queries and keys start equal
     embedding: str = 'lite0'         # infdit's global vector: lite0, or clip as published
     quality_dim: int = 384           # infdit with lite0: channels of the captions that its bridge reads
     attention: str = 'math'          # how attention is computed; no effect on the result
@@ -83,7 +83,7 @@ class BaselineResolver(SuperResolver):
     def __init__(self,
         tokenizer: nn.Module,      # frozen; encode(image, text) -> b n d, decode(z, text) -> image
         config: BaselineConfig = BaselineConfig(),
-        small: int = 0,            # infdit: side of the low-resolution pictures in pixels
+        small: int = 0,            # infdit: side of the low-resolution images in pixels
     ):
         nn.Module.__init__(self)
         c, n, d = config, tokenizer.n_tokens, tokenizer.width
@@ -116,7 +116,7 @@ class BaselineResolver(SuperResolver):
         text: Text | None = None,      # infdit with lite0: their captions
         quality: Text | None = None,   # infdit with lite0: `toksr.sr.pixels.QUALITY`, encoded
     ) -> 'BaselineResolver':
-        "Fit the closed-form parts to training tokens (and infdit's global space to pictures and captions)."
+        "Fit the closed-form parts to training tokens (and infdit's global space to images and captions)."
         self.in_mean.copy_(lr.mean(0))
         self.in_unit.copy_(lr.std(0).clamp_min(1e-2 * lr.std()))
         if self.config.base == 'token':
@@ -161,9 +161,9 @@ class BaselineResolver(SuperResolver):
         noise: Tensor,                 # b n d, standard normal
         generator: torch.Generator,    # draws the times
         drops: dict | None = None,     # whose conditions are dropped
-        first: float = 0.,             # departure [0]: share of the batch at the terminal time
+        first: float = 0.,             # deviation [0]: share of the batch at the terminal time
     ) -> Tensor:
-        "The objective's loss, one number per picture."
+        "The objective's loss, one number per image."
         b, k = len(r), round(len(r) * first)
         match self.config.objective:
             case 'flow': t, f, last = flow_times(b, generator), flow_loss, 1.
@@ -181,7 +181,7 @@ class BaselineResolver(SuperResolver):
         noise: Tensor,             # b n d, standard normal
         steps: int = 5,            # of the objective's sampler
         guidance: float = 1.,      # 0 ignores the captions, 1 is the plain model
-        noise_scale: float = 1.,   # departure [1]: start-noise multiplier
+        noise_scale: float = 1.,   # deviation [1]: start-noise multiplier
         image: Tensor | None = None,  # infdit: b 3 h/k w/k
         quality: float = 0.,       # infdit: strength of the quality text
     ) -> Tensor:
@@ -196,5 +196,5 @@ class BaselineResolver(SuperResolver):
         return self.finish(r, lr)
 
     def beside(self, image: Tensor) -> dict:
-        "Inf-DiT looks at the low-resolution picture itself."
+        "Inf-DiT looks at the low-resolution image itself."
         return dict(image=image)

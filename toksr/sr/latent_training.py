@@ -35,7 +35,7 @@ SPACES = '1d', '2d', 'pixels'
 def load_space(
     space: str,               # one of SPACES
     tokenizer: str | Path,    # its file of weights; '' for pixels
-    px: int = 64,             # side of the pictures, for pixels
+    px: int = 64,             # side of the images, for pixels
     patch: int = 4,           # side of a patch, for pixels
 ) -> nn.Module:
     "The tokenizer of a space: 1D tokens, a 2D latent grid, or pixel patches. `ValueError` for another name."
@@ -52,7 +52,7 @@ class BaselineTask(Task):
         sr: BaselineResolver,             # measured, see `BaselineResolver.measure`
         images: np.ndarray,            # n h w 3 uint8, sharp
         text: Text | None,             # caption states
-        first: float = 0.,             # departure [0]: share of the batch at the terminal time
+        first: float = 0.,             # deviation [0]: share of the batch at the terminal time
         drop: float = .15,             # probability of dropping caption and low-resolution tokens, each
         tables: tuple[Tensor, Tensor] | None = None,   # tokens of sharp and enlarged images, n n_tokens d each
     ):
@@ -63,7 +63,7 @@ class BaselineTask(Task):
 
     @torch.no_grad()
     def pair(self, indices: np.ndarray) -> tuple[Tensor, Tensor, Tensor, Text | None]:
-        "Sharp tokens, low-resolution tokens (b n d each), low-resolution pictures b 3 h/k w/k and captions."
+        "Sharp tokens, low-resolution tokens (b n d each), low-resolution images b 3 h/k w/k and captions."
         x, text = to_float(self.images[indices]).to(self.device), None if self.text is None else self.text.take(indices,
                 self.device)
         small = downscale(x, self.sr.config.factor)                                  # b 3 h/k w/k
@@ -71,7 +71,7 @@ class BaselineTask(Task):
         return self.sr.tokenizer.encode(x, text).float(), self.sr.encode_lr(small, text).float(), small, text
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
-        "The objective's loss on the residual, mean over pictures."
+        "The objective's loss on the residual, mean over images."
         hr, lr, small, text = self.pair(indices)
         r = self.sr.residual(hr, lr)                                                 # b n d
         noise = torch.randn(r.shape, generator=generator)
@@ -82,22 +82,22 @@ class BaselineTask(Task):
 # %% ../../nbs/sr/09_latent_training.ipynb #51f5f485
 @dataclass(frozen=True)
 class BaselineRecipe(Recipe):
-    "How a rival is built and trained in its space. (`perceptual…` of `Recipe` has no effect here.)"
+    "How a baseline is built and trained in its space. (`perceptual…` of `Recipe` has no effect here.)"
     factor: int = 4                  # enlargement
     net: str = 'token'               # token or infdit
     dit: str = 'd96x4'               # transformer, see `toksr.sr.latent.BASELINE_SIZES`
     objective: str = 'diffusion'     # diffusion (TokSR), flow (SD3), edm (Inf-DiT)
     conditioning: str = 'channels'   # concat (TokSR) or channels
-    base: str = 'token'              # departure [none]
-    prediction: str = 'sample'       # departure [epsilon]
-    noise: str = 'cosine'            # departure [linear]
-    gate: float = 1.                 # departure [0]
-    tie_qk: bool = True              # departure [False]
+    base: str = 'token'              # deviation [none]
+    prediction: str = 'sample'       # deviation [epsilon]
+    noise: str = 'cosine'            # deviation [linear]
+    gate: float = 1.                 # deviation [0]
+    tie_qk: bool = True              # deviation [False]
     embedding: str = 'lite0'         # infdit's global vector; published: clip
     captions: bool = True            # whether the transformer reads them; Inf-DiT does not
-    first: float = .25               # departure [0]: share of a batch at the terminal time
+    first: float = .25               # deviation [0]: share of a batch at the terminal time
     drop: float = .15                # of caption and low-resolution tokens; Inf-DiT: 0
-    fit_on: int = 2000               # pictures that the closed-form parts are measured on
+    fit_on: int = 2000               # images that the closed-form parts are measured on
     pretokenise: bool = False        # make all tokens beforehand (memory: all of them, twice)
 
     def config(self, text_dim: int = 384) -> BaselineConfig:
@@ -107,7 +107,7 @@ class BaselineRecipe(Recipe):
                               **{k: getattr(self, k) for k in own})
 
 def build_baseline(recipe: BaselineRecipe, split: Split, tokenizer: nn.Module) -> BaselineResolver:
-    "A rival before training, its closed-form parts measured on the first pictures of a split."
+    "A baseline before training, its closed-form parts measured on the first images of a split."
     sr = BaselineResolver(tokenizer, recipe.config(split.text.states.shape[2]), split.images.shape[1] // recipe.factor)
     images, text = split.images[:recipe.fit_on], split.text.index(slice(0, recipe.fit_on))
     hr, lr = (encode_all(tokenizer, images, text, f, recipe.precision == 'bf16') for f in (0, recipe.factor))  # m n d
@@ -135,7 +135,7 @@ def train_baseline(recipe: BaselineRecipe, split: Split, tokenizer: nn.Module,
 
 # %% ../../nbs/sr/09_latent_training.ipynb #5dc6f4e6
 def save_baseline(path: str | Path, sr: BaselineResolver, space: str, tokenizer_file: str | Path = '', **more) -> Path:
-    "Write a rival in float16, with what its space is rebuilt from."
+    "Write a baseline in float16, with what its space is rebuilt from."
     tok = sr.tokenizer
     where = dict(space=space, image=tok.image, patch=tok.patch) if space == 'pixels' else dict(space=space,
             tokenizer=Path(tokenizer_file).name, tokenizer_sha256=sha256_file(tokenizer_file))
@@ -143,7 +143,7 @@ def save_baseline(path: str | Path, sr: BaselineResolver, space: str, tokenizer_
                         torch.float16)
 
 def load_baseline(path: str | Path, tokenizer_file: str | Path = '') -> BaselineResolver:
-    "Rebuild a rival on its tokenizer. `WeightsError` for a file of another kind, or trained on another tokenizer."
+    "Rebuild a baseline on its tokenizer. `WeightsError` for a file of another kind, or trained on another tokenizer."
     state, meta = load_weights(path)
     if meta.get('kind') != 'rival':
         raise WeightsError(f'{path}: holds a {meta.get("kind", "model of unknown kind")}, expected a rival')
@@ -163,5 +163,5 @@ def resolve(
     consistency: int = 3,      # rounds of back-projection
     **sampling,                # steps, guidance, noise_scale, quality, see `BaselineResolver.tokens`
 ) -> Tensor:
-    "Super-resolve all pictures, half as many at a time as `super_resolve`: n 3 h w."
+    "Super-resolve all images, half as many at a time as `super_resolve`: n 3 h w."
     return super_resolve(sr, lr, text, seed, consistency, 50, **sampling)

@@ -73,7 +73,7 @@ class SRResNet(nn.Module):
 
 # %% ../../nbs/sr/08_srresnet.ipynb #cfc881ce
 class UpscalerTask(Task):
-    "Train an `SRResNet` on pictures: MSE + `perceptual` × Lite0 distance (from step `perceptual_from` on)."
+    "Train an `SRResNet` on images: MSE + `perceptual` × Lite0 distance (from step `perceptual_from` on)."
     autocast = False                                       # only the network runs in bfloat16, see `loss`
 
     def __init__(self,

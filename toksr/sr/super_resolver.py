@@ -27,14 +27,14 @@ class SRConfig:
     factor: int = 4                # how many times larger the answer is
     dit: str = 'd128x6'            # size of the transformer, see `toksr.layers.dit.SIZES`
     text_dim: int = 384            # channels of the caption states; 0: no captions
-    base: str = 'ridge'            # departure [none]: diffuse the residual from a ridge regression of the tokens
-    whiten: float = 0.             # departure [1]: units of the residual: 1 each number's own deviation, 0 one for all
-    prediction: str = 'sample'     # departure [epsilon]: what the transformer answers
-    schedule: str = 'cosine'       # departure [linear]: the noise schedule
-    type_embedding: bool = True    # departure [False]: tell noisy tokens from low-resolution tokens
-    gate: float = 1.               # departure [0]: start value of the transformer's gates
-    tie_qk: bool = True            # departure [False]: queries and keys start equal
-    retouch: int = 64  # departure [0]: channels of a small convolutional net on the decoded picture, 0 for none
+    base: str = 'ridge'            # deviation [none]: diffuse the residual from a ridge regression of the tokens
+    whiten: float = 0.             # deviation [1]: units of the residual: 1 each number's own deviation, 0 one for all
+    prediction: str = 'sample'     # deviation [epsilon]: what the transformer answers
+    schedule: str = 'cosine'       # deviation [linear]: the noise schedule
+    type_embedding: bool = True    # deviation [False]: tell noisy tokens from low-resolution tokens
+    gate: float = 1.               # deviation [0]: start value of the transformer's gates
+    tie_qk: bool = True            # deviation [False]: queries and keys start equal
+    retouch: int = 64  # deviation [0]: channels of a small convolutional net on the decoded image, 0 for none
     attention: str = 'math'        # how attention is computed; no effect on the result
 
     def __post_init__(self):
@@ -133,7 +133,7 @@ class SuperResolver(nn.Module):
         return self.retouch(x).float() if self.retouch else x
 
     def beside(self, image: Tensor) -> dict:
-        "What `tokens` is told of a low-resolution picture b 3 h/k w/k beside its tokens: nothing here."
+        "What `tokens` is told of a low-resolution image b 3 h/k w/k beside its tokens: nothing here."
         return {}
 
     @torch.no_grad()
@@ -143,7 +143,7 @@ class SuperResolver(nn.Module):
         noise: Tensor,             # b n d, standard normal
         steps: int = 5,            # DDIM steps
         guidance: float = 1.,      # 0 ignores the condition, 1 is the plain model
-        noise_scale: float = 1.,   # departure [1]: start-noise multiplier
+        noise_scale: float = 1.,   # deviation [1]: start-noise multiplier
         drop: tuple = ('text',),   # what guidance contrasts with
     ) -> Tensor:
         "Sample sharp tokens b n d (DDIM, eta 0)."
@@ -155,7 +155,7 @@ class SuperResolver(nn.Module):
         image: Tensor,             # b 3 h/k w/k in [0,1]
         text: Text | None,         # captions
         noise: Tensor,             # b n d, standard normal
-        consistency: int = 3,      # departure [0]: rounds of back-projection onto the input
+        consistency: int = 3,      # deviation [0]: rounds of back-projection onto the input
         **sampling,                # see `tokens`
     ) -> Tensor:
         "Super-resolve: b 3 h w in [0,1]."

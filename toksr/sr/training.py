@@ -39,13 +39,13 @@ class SRTask(Task):
         lr: Tensor,                     # n n_tokens d, tokens of the enlarged low-resolution images
         text: Text | None,              # caption states
         latent: float = 1.,             # weight of the diffusion loss
-        image: float = 0.,              # departure [0]: weight of the squared error of the decoded picture
-        image_start: int = 0,           # first step of the picture loss; until then training is several times faster
-        perceptual: float = 0.,         # departure [0]: weight of its perceptual distance, relative to `image`
+        image: float = 0.,              # deviation [0]: weight of the squared error of the decoded image
+        image_start: int = 0,           # first step of the image loss; until then training is several times faster
+        perceptual: float = 0.,         # deviation [0]: weight of its perceptual distance, relative to `image`
         perceptual_start: int = 0,      # first step of the perceptual term
         distance: Callable | None = None,  # (a, b) -> b, perceptual distance
-        consistency: int = 3,           # rounds of back-projection before comparing pictures
-        first: float = 0.,              # departure [0]: share of the batch at the terminal time
+        consistency: int = 3,           # rounds of back-projection before comparing images
+        first: float = 0.,              # deviation [0]: share of the batch at the terminal time
         drop: float = .15,              # probability of dropping caption and low-resolution tokens, each
     ):
         if image and sr.config.prediction == 'epsilon':
@@ -67,7 +67,7 @@ class SRTask(Task):
         return t
 
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
-        "L_simple on the first n tokens (TokSR §5.2), and the picture loss."
+        "L_simple on the first n tokens (TokSR §5.2), and the image loss."
         zl, text = self.lr[indices].to(self.device), None if self.text is None else self.text.take(indices, self.device)
         r = self.sr.residual(self.hr[indices].to(self.device), zl)                  # b n d
         t, noise = self.times(len(r), generator), torch.randn(r.shape, generator=generator)
@@ -101,20 +101,20 @@ class SRRecipe(Recipe):
     "How a super-resolver is built and trained on a frozen tokenizer."
     factor: int = 4                # enlargement
     dit: str = 'd128x6'            # transformer [B]
-    base: str = 'ridge'            # departure [none]: residual diffusion
-    whiten: float = 0.             # departure [1]: units of the residual
-    prediction: str = 'sample'     # departure [epsilon]
-    noise: str = 'cosine'          # departure [linear]: noise schedule
-    type_embedding: bool = True    # departure [False]
-    gate: float = 1.               # departure [0]: start value of the gates
-    tie_qk: bool = True            # departure [False]: start with equal queries and keys
-    retouch: int = 64              # departure [0]: channels of the net behind the detokenizer
+    base: str = 'ridge'            # deviation [none]: residual diffusion
+    whiten: float = 0.             # deviation [1]: units of the residual
+    prediction: str = 'sample'     # deviation [epsilon]
+    noise: str = 'cosine'          # deviation [linear]: noise schedule
+    type_embedding: bool = True    # deviation [False]
+    gate: float = 1.               # deviation [0]: start value of the gates
+    tie_qk: bool = True            # deviation [False]: start with equal queries and keys
+    retouch: int = 64              # deviation [0]: channels of the net behind the detokenizer
     retouch_lr: float = .25        # its learning rate, as a share of `lr`: it starts late and without a warm-up
     latent: float = 1.             # weight of the diffusion loss
-    image: float = 100.            # departure [0]: weight of the picture loss (its perceptual part: times `perceptual`)
-    image_start: float = .6        # when the picture loss begins, as a share of the steps
-    first: float = .25             # departure [0]: share of a batch at the terminal time
-    consistency: int = 3           # departure [0]: rounds of back-projection in the picture loss
+    image: float = 100.            # deviation [0]: weight of the image loss (its perceptual part: times `perceptual`)
+    image_start: float = .6        # when the image loss begins, as a share of the steps
+    first: float = .25             # deviation [0]: share of a batch at the terminal time
+    consistency: int = 3           # deviation [0]: rounds of back-projection in the image loss
     drop: float = .15              # probability of dropping caption and low-resolution tokens
 
     def lr_scale(self) -> dict[str, float]:
@@ -167,10 +167,10 @@ def super_resolve(
     text: Text,                # captions
     seed: int = 0,             # of the noise
     consistency: int = 3,      # rounds of back-projection
-    size: int = 100,           # pictures at a time
+    size: int = 100,           # images at a time
     **sampling,                # steps, guidance, noise_scale, see the model's `tokens`
 ) -> Tensor:
-    "Super-resolve all pictures: n 3 h w."
+    "Super-resolve all images: n 3 h w."
     noise = picture_noise(range(len(lr)), (sr.tokenizer.n_tokens, sr.tokenizer.width), seed)
     with on_gpu(*_nets(sr)) as device:
         return torch.cat([sr.upscale(lr[s].to(device), text.take(s, device), noise[s].to(device), consistency,
@@ -183,7 +183,7 @@ SR_VARIANTS = dict(full='full recipe', regression='- regression (direct diffusio
                gates='- open gates, tied queries', paper='paper: none of them')
 
 def sr_variants(
-    **own,                  # factor, steps, batch, precision, seed of all arms
+    **own,                  # factor, steps, batch, precision, seed of all variants
 ) -> dict[str, SRRecipe]:
     "The recipe of every name in `SR_VARIANTS`."
     full, plain = SRRecipe(lr=2e-3, perceptual_start=.5, image_start=.4, first=.5, **own), dict(retouch=0, image=0.)

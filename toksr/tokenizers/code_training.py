@@ -74,7 +74,7 @@ class CodeLoss(TokenizerLoss):
         return total, {k: v.detach() for k, v in (terms | {'vq': losses['vq']}).items()}
 
 class CodeTask(TokenizerTask):
-    "Train a tokenizer with codes on pictures without captions; a guide is compared with the shrunk picture."
+    "Train a tokenizer with codes on images without captions; a guide is compared with the shrunk image."
     def loss(self, step: int, indices: np.ndarray, generator: torch.Generator) -> tuple[Tensor, dict]:
         "Pixels, features, codes, opponent."
         x, _ = self.batch(indices, generator)
@@ -93,15 +93,15 @@ class CodeRecipe(Recipe):
     base: int = 32                 # channels of the first level [128; var: 160]
     times: tuple = (1, 2)          # channels of the levels in units of base [movq: 1 2 2 4; others: 1 1 2 2 4]
     layers: int = 1                # residual blocks of a level [2; lfq: 4]
-    attention: str = 'middle'      # departure [level; lfq: none]
-    stem: int = 4                  # departure [1]: pixels of a side laid into channels
+    attention: str = 'middle'      # deviation [level; lfq: none]
+    stem: int = 4                  # deviation [1]: pixels of a side laid into channels
     latent: int = 32               # channels of the encoder's map [vqgan: 256, movq: 4, var: 32, lfq: 18]
     width: int = 32                # channels that are quantized [as latent]
     codes: int = 1024              # codebook [16384; var: 4096]
     chunks: int = 1                # movq: parts of a vector
     scales: tuple = (1, 2, 3, 4, 6, 8)   # var [1 2 3 4 5 6 8 10 13 16]
     phis: int = 4                  # var: shared convolutions
-    revive: str = 'random'         # departure [none]: dead codes
+    revive: str = 'random'         # deviation [none]: dead codes
     groups: int = 1                # lfq: of channels in the entropy loss
     mse: float = 1.                # weight of the squared error [movq: 1; others: 0]
     l1: float = 0.                 # weight of the absolute error [movq: 0; others: 1]
@@ -110,7 +110,7 @@ class CodeRecipe(Recipe):
     adaptive: bool = False         # balance it against the pixel loss [True; movq: False]
     adv_start: int = 200_000       # its first step [250001; movq: 1]
     perceptual_share: float = 1.   # share of a batch that the perceptual distance looks at
-    flip: bool = False             # mirror half of the pictures [True]
+    flip: bool = False             # mirror half of the images [True]
 
     def config(self, px: int) -> dict:
         "The part that decides shapes, as the model's settings. `ValueError` for an unknown kind."
@@ -128,7 +128,7 @@ def distance_of(name: str):
     return Distance(net.distance, net)
 
 def build_codes(recipe: CodeRecipe, px: int) -> CodeTokenizer:
-    "A tokenizer before training, for pictures of `px` pixels."
+    "A tokenizer before training, for images of `px` pixels."
     return build(recipe.family, recipe.config(px), recipe.seed)
 
 def criterion(recipe: CodeRecipe, tokenizer: CodeTokenizer) -> CodeLoss:
@@ -142,7 +142,7 @@ def criterion(recipe: CodeRecipe, tokenizer: CodeTokenizer) -> CodeLoss:
 
 def train_codes(
     recipe: CodeRecipe, # or a `GuideRecipe`
-    split: Split, # training pictures
+    split: Split, # training images
     root: Path | None = None, # of checkpoints
 ) -> tuple[CodeTokenizer, FitResult]: # with the averaged weights, and the log
     "Train a tokenizer with codes, or a guide, on a split."
@@ -164,7 +164,7 @@ def load_codes(path: str | Path) -> CodeTokenizer:
 
 @torch.no_grad()
 def paint(tokenizer, images: np.ndarray) -> Tensor:
-    "Encode and decode byte pictures n h w 3: what comes out, n 3 g g, not clamped."
+    "Encode and decode byte images n h w 3: what comes out, n 3 g g, not clamped."
     with on_gpu(tokenizer) as device:
         return torch.cat([tokenizer.decode(tokenizer.encode(to_float(images[s]).to(device))).cpu()
                           for s in batches(len(images))])

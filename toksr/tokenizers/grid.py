@@ -46,7 +46,7 @@ class GridTokenizer(nn.Module):
     `toksr.training.losses.LossConfig`; 'own' is a sum that the model has weighted itself. Raises ValueError for images
     or latents that do not fit."""
     kind: ClassVar[str] = ''                 # written into files of weights
-    Config: ClassVar[type]                   # frozen dataclass of settings; its `image` is the side of the pictures
+    Config: ClassVar[type]                   # frozen dataclass of settings; its `image` is the side of the images
     low: ClassVar[float] = 0.                # value of black inside
     high: ClassVar[float] = 1.               # value of white inside
     KINDS: ClassVar[dict[str, type]] = {}    # every member of the family that has been imported
@@ -128,7 +128,7 @@ class GridTokenizer(nn.Module):
 
 # %% ../../nbs/tokenizers/03_grid.ipynb #c80bcc97
 def grid_side(image: int, factor: int) -> int:
-    "Tokens along a side of the picture. `ValueError` if the factor does not divide it."
+    "Tokens along a side of the image. `ValueError` if the factor does not divide it."
     if image % factor:
         raise ValueError(f'image: {image} pixels are no multiple of the factor {factor}; resize or pad the pictures')
     return image // factor
@@ -158,9 +158,9 @@ class KLf8Config:
     channels: tuple = (128, 256, 512, 512) # of each resolution, finest first
     blocks: int = 2 # residual blocks at each resolution (the decoder has one more)
     groups: int = 32 # of the group norms
-    fold: int = 1 # departure [1]: side of the squares folded into channels
-    logvar_start: float | None = None # departure [None, as drawn]: first log-variance of the latents
-    linear_path: bool = False # departure [False]: a linear map beside the networks, see `init_linear`
+    fold: int = 1 # deviation [1]: side of the squares folded into channels
+    logvar_start: float | None = None # deviation [None, as drawn]: first log-variance of the latents
+    linear_path: bool = False # deviation [False]: a linear map beside the networks, see `init_linear`
 
 class KLf8(GridTokenizer):
     "The autoencoder of latent diffusion (`diffusers.AutoencoderKL`): 2^(resolutions - 1) times `fold` pixels a token."

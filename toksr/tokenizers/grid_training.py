@@ -58,9 +58,9 @@ class GridRecipe(Recipe):
     channels: tuple = (32, 64, 96)  # of the stages, finest first
     blocks: int = 1                # residual blocks in a stage [2]
     groups: int = 8                # of group norms [32]
-    fold: int = 2                  # departure, kl_f8 [1]: side of squares folded into channels
-    logvar_start: float = -7.      # departure, kl_f8 [none]: first log-variance of the latents
-    linear_path: bool = True       # departure, kl_f8 [False]: closed-form linear warm start
+    fold: int = 2                  # deviation, kl_f8 [1]: side of squares folded into channels
+    logvar_start: float = -7.      # deviation, kl_f8 [none]: first log-variance of the latents
+    linear_path: bool = True       # deviation, kl_f8 [False]: closed-form linear warm start
     codes: int = 1024              # codebook of dalle and omni [8192]
     beta: float = 6.6              # dalle: weight of the divergence from uniform
     tau_steps: float = .05         # dalle: share of the steps in which the temperature falls
@@ -81,7 +81,7 @@ class GridRecipe(Recipe):
     adv: float = 0.                # weight of the adversarial term
     adv_start: int = 200_000       # its first step
     perceptual_share: float = 1.   # share of a batch that the perceptual distance looks at
-    flip: bool = False             # mirror half of the pictures
+    flip: bool = False             # mirror half of the images
 
     def config(self, px: int) -> dict:
         "The part that decides shapes, as the model's settings. `ValueError` for an unknown family."
@@ -93,12 +93,12 @@ class GridRecipe(Recipe):
 
 # %% ../../nbs/tokenizers/11_grid_training.ipynb #457b17ea
 def build_grid(recipe: GridRecipe, px: int) -> GridTokenizer:
-    "A grid tokenizer before training, for pictures of `px` pixels."
+    "A grid tokenizer before training, for images of `px` pixels."
     return build(recipe.family, recipe.config(px), recipe.seed)
 
 def train_grid(
     recipe: GridRecipe,
-    split: Split,                   # training pictures
+    split: Split,                   # training images
     tokenizer: GridTokenizer | None = None,  # start from this one
     root: Path | None = None,       # of checkpoints
 ) -> tuple[GridTokenizer, FitResult]: # with the averaged weights, and the log

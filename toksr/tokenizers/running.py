@@ -25,10 +25,10 @@ def encode_all(
     tokenizer: nn.Module,
     images: np.ndarray,    # n h w 3 uint8
     text: Text | None,     # captions
-    factor: int = 0,       # encode what is left after shrinking and enlarging by so much; 0: the pictures themselves
+    factor: int = 0,       # encode what is left after shrinking and enlarging by so much; 0: the images themselves
     bf16: bool = False,    # twice as fast; for training data only
 ) -> Tensor:
-    "Tokens n n_tokens d of all pictures."
+    "Tokens n n_tokens d of all images."
     out = []
     with on_gpu(tokenizer) as device:
         for s in batches(len(images), 200):
@@ -41,7 +41,7 @@ def encode_all(
 
 @torch.no_grad()
 def decode_all(decode, z: Tensor, text: Text | None) -> Tensor:
-    "Pictures n 3 h w of all tokens, not clamped; `decode` is a model's method of that name."
+    "Images n 3 h w of all tokens, not clamped; `decode` is a model's method of that name."
     nets = _nets(getattr(decode, '__self__', None))
     with on_gpu(*nets) as device:
         device = device if nets else z.device            # a plain function: it knows where it works
@@ -49,5 +49,5 @@ def decode_all(decode, z: Tensor, text: Text | None) -> Tensor:
                           for s in batches(len(z))])
 
 def reconstruct(tokenizer: nn.Module, images: np.ndarray, text: Text | None) -> Tensor:
-    "Encode and decode all pictures (the mode of the latents): n 3 h w."
+    "Encode and decode all images (the mode of the latents): n 3 h w."
     return decode_all(tokenizer.decode, encode_all(tokenizer, images, text), text)

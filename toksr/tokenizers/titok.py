@@ -57,7 +57,7 @@ def check_state(state: dict[str, Tensor], own: dict[str, Tensor], strict: bool):
 class Tokenizer(nn.Module):
     """Turn images b 3 h w in [0,1] into tokens z b n d and back, guided by captions.
 
-    Parameter names are those of TiTok/TA-TiTok; released weights load with strict=True when departures are off.
+    Parameter names are those of TiTok/TA-TiTok; released weights load with strict=True when deviations are off.
     `bits` counts float16 storage for kl (n * d * 16) and code indices for vq (n log2 K). Raises ValueError for images,
     captions or weights that do not fit."""
     def __init__(self,

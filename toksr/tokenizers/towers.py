@@ -60,12 +60,12 @@ class TokenizerConfig:
     revive: str = 'none' # revival of dead codes (vq), see `toksr.layers.bottlenecks`
     is_legacy: bool = False # reproduce the reshape of the first TiTok weights
     attention: str = 'math' # how attention is computed; no effect on the result
-    activation: str = 'gelu' # departure: relu2
-    mask_text: bool = False # departure: do not attend to text padding
-    init: str = 'upstream' # departure: fan_in_pos, roles
-    logvar_start: float = 0. # departure: initial log-variance of the latents (kl)
-    linear_path: bool = False # departure: principal components in parallel to the transformers
-    head: str = 'none' # departure: conv, a head on the decoded image
+    activation: str = 'gelu' # deviation: relu2
+    mask_text: bool = False # deviation: do not attend to text padding
+    init: str = 'upstream' # deviation: fan_in_pos, roles
+    logvar_start: float = 0. # deviation: initial log-variance of the latents (kl)
+    linear_path: bool = False # deviation: principal components in parallel to the transformers
+    head: str = 'none' # deviation: conv, a head on the decoded image
     head_width: int = 48 # channels of the head
     head_depth: int = 1 # residual pairs of the head
 

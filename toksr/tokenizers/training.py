@@ -66,18 +66,18 @@ class TokenizerRecipe(Recipe):
     size: str = 'd128x4'           # both towers [base]
     text_in: str = 'both'          # none: TiTok; decoder: TA-TiTok; both: TexTok
     bottleneck: str = 'kl'         # kl: VAE; vq: codebook
-    activation: str = 'relu2'      # departure [gelu]
-    mask_text: bool = True         # departure [False]
-    init: str = 'fan_in_pos'       # departure [upstream]
-    logvar_start: float = 0.       # departure [0]: first log-variance of the latents
-    linear_path: bool = False      # departure [False]: closed-form linear warm start
-    head_width: int = 0            # departure [0]: channels of the convolutional head, 0 for none
+    activation: str = 'relu2'      # deviation [gelu]
+    mask_text: bool = True         # deviation [False]
+    init: str = 'fan_in_pos'       # deviation [upstream]
+    logvar_start: float = 0.       # deviation [0]: first log-variance of the latents
+    linear_path: bool = False      # deviation [False]: closed-form linear warm start
+    head_width: int = 0            # deviation [0]: channels of the convolutional head, 0 for none
     head_depth: int = 2            # residual pairs in it
     kl: float = 1e-6               # weight of the divergence
     adv: float = 0.                # weight of the adversarial term [0.1]
     adv_start: int = 200_000       # its first step
     perceptual_share: float = 1.   # share of a batch that the perceptual distance looks at
-    flip: bool = False             # mirror half of the pictures [True]
+    flip: bool = False             # mirror half of the images [True]
 
     def config(self, px: int, text_width: int = 384, text_length: int = 24) -> TokenizerConfig:
         "The part that decides shapes."
@@ -90,7 +90,7 @@ class TokenizerRecipe(Recipe):
 # %% ../../nbs/tokenizers/09_training.ipynb #552a0898
 def build_tokenizer(
     recipe: TokenizerRecipe,
-    split: Split,              # training pictures
+    split: Split,              # training images
     pca: PCA | None = None,    # their principal components, if they are already there
 ) -> Tokenizer:
     """A tokenizer before training; with `linear_path`, principal components of the split are loaded, turned so that
@@ -125,7 +125,7 @@ TOKENIZER_VARIANTS = dict(full='full recipe', linear='- linear path', head='- he
 
 def tokenizer_variants(
     lr_scratch: float,      # AdamW's learning rate without a linear path
-    **own,                  # steps, batch, lr, head_width, precision, seed of all arms
+    **own,                  # steps, batch, lr, head_width, precision, seed of all variants
 ) -> dict[str, TokenizerRecipe]:
     "The recipe of every name in `TOKENIZER_VARIANTS`."
     full = TokenizerRecipe(linear_path=True, logvar_start=-7., kl=1e-7, perceptual=.015, perceptual_start=.2, **own)

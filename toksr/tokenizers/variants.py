@@ -51,7 +51,7 @@ STARTS = ('random', 'encoder', 'both', 'frozen')
 
 @dataclass(frozen=True)
 class VariantRecipe(TokenizerRecipe):
-    "How one arm is built and trained."
+    "How one variant is built and trained."
     codes: int = 1024              # entries of the codebook (vq) [8192]
     revive: str = 'closest'        # dead codes (vq): none, closest or random
     decoder_size: str = ''         # of the detokenizer; '' as `size`
@@ -62,12 +62,12 @@ class VariantRecipe(TokenizerRecipe):
 
 @dataclass(frozen=True)
 class StartRecipe(VariantRecipe):
-    "An arm that may begin with the weights of a TA-TiTok (TokSR §5.6)."
+    "An variant that may begin with the weights of a TA-TiTok (TokSR §5.6)."
     # random; encoder: its encoder; both: both halves; frozen: both, and the detokenizer stays as it is
     start: str = 'random'
 
 def build_variant(recipe: VariantRecipe, split: Split) -> VariantTokenizer:
-    "An arm before training."
+    "An variant before training."
     plain = build_tokenizer(recipe, split)
     tok = VariantTokenizer(plain.config, recipe.seed)
     tok.load_state_dict(plain.state_dict())
@@ -102,11 +102,11 @@ def start_from(
 # %% ../../nbs/tokenizers/10_variants.ipynb #2e210289
 def train_variant(
     recipe: VariantRecipe,
-    split: Split,                            # training pictures
+    split: Split,                            # training images
     source: dict[str, Tensor] | None = None, # of a TA-TiTok, for a `StartRecipe` that needs one
     root: Path | None = None,                # of checkpoints
 ) -> tuple[VariantTokenizer, FitResult]:
-    "Train one arm; what comes back carries the averaged weights."
+    "Train one variant; what comes back carries the averaged weights."
     seed_everything(recipe.seed)
     start = getattr(recipe, 'start', 'random')
     if start != 'random' and source is None:
@@ -117,7 +117,7 @@ def train_variant(
 def train_from(
     tokenizer: VariantTokenizer,                 # as it starts
     recipe: VariantRecipe,
-    split: Split,                            # training pictures
+    split: Split,                            # training images
     root: Path | None = None,                # of checkpoints
 ) -> tuple[VariantTokenizer, FitResult]:
     "Train a tokenizer from the weights it has; its checkpoints are those of this start."
@@ -135,7 +135,7 @@ def load_variant(path: str | Path) -> VariantTokenizer:
 
 @torch.no_grad()
 def code_use(tokenizer: VariantTokenizer, split: Split) -> dict[str, float]:
-    """Share of the codes that a split uses, their perplexity, and bits per picture if codes were stored as often as
+    """Share of the codes that a split uses, their perplexity, and bits per image if codes were stored as often as
     they come (entropy) and as plain numbers."""
     with on_gpu(tokenizer) as device:
         # n n_tokens
@@ -166,15 +166,15 @@ class WeightedTokenizer(VariantTokenizer):
 
 @dataclass(frozen=True)
 class VQRecipe(VariantRecipe):
-    "How a codebook arm is built and trained."
-    vq: float = .03                # departure [1]: weight of the codebook loss
+    "How a codebook variant is built and trained."
+    vq: float = .03                # deviation [1]: weight of the codebook loss
 
 def train_vq(
     recipe: VQRecipe,
-    split: Split,                  # training pictures
+    split: Split,                  # training images
     root: Path | None = None,      # of checkpoints
 ) -> tuple[VariantTokenizer, FitResult]:
-    "Train one codebook arm; what comes back carries the averaged weights. `ValueError` for a VAE."
+    "Train one codebook variant; what comes back carries the averaged weights. `ValueError` for a VAE."
     if recipe.bottleneck != 'vq':
         raise ValueError(f"bottleneck: expected 'vq', got {recipe.bottleneck!r}; a VAE is trained by "
                          f"toksr.tokenizers.variants.train_variant")

@@ -23,13 +23,13 @@ from .grid import grid_side, GridTokenizer
 @dataclass(frozen=True)
 class CodeConfig:
     "Shape of a convolutional tokenizer with codes."
-    image: int = 256         # side of the picture, pixels
+    image: int = 256         # side of the image, pixels
     factor: int = 16         # pixels of a side of a code
     base: int = 128          # channels of the first level
     times: tuple[int, ...] = (1, 1, 2, 2, 4)   # channels of the levels in units of base
     layers: int = 2          # residual blocks of a level
     attention: str = 'level'  # see `toksr.layers.convnets.ConvConfig`
-    stem: int = 1            # departure [1]: pixels of a side laid into channels
+    stem: int = 1            # deviation [1]: pixels of a side laid into channels
     latent: int = 256        # channels of the encoder's map
     width: int = 256         # channels of the map that is quantized; LFQ: bits of a token
     codes: int = 1024        # size of the codebook (LFQ: 2^width, nothing is stored)
@@ -152,7 +152,7 @@ class VAR(CodeTokenizer):
         return q, c.width, q.n_tokens
 
 class LFQTokenizer(CodeTokenizer):
-    "As Open-MAGVIT2: codes are signs; the decoder is told the codes' spread and mean over the picture."
+    "As Open-MAGVIT2: codes are signs; the decoder is told the codes' spread and mean over the image."
     kind, norm = 'lfq', 'style'
 
     @staticmethod

@@ -116,9 +116,9 @@ class LossConfig:
     adv: float = .1 # adversarial term of the tokenizer
     lecam: float = .001 # LeCam term of the discriminator
     adv_start: int = 200_000 # first step with an adversarial term
-    perceptual_start: int = 0 # first step with a perceptual term (departure: later than 0)
-    perceptual_share: float = 1. # share of the batch it looks at (departure: below 1)
-    perceptual_dtype: str = 'float32' # precision of its network, or 'bfloat16' (departure); the rest stays float32
+    perceptual_start: int = 0 # first step with a perceptual term (deviation: later than 0)
+    perceptual_share: float = 1. # share of the batch it looks at (deviation: below 1)
+    perceptual_dtype: str = 'float32' # precision of its network, or 'bfloat16' (deviation); the rest stays float32
 
     def __post_init__(self):
         if not 0 < self.perceptual_share <= 1:

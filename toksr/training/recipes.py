@@ -24,11 +24,11 @@ from .splits import home
 class Recipe:
     "Optimization settings shared by all runs (TokSR gives few of them; the rest is TA-TiTok's)."
     steps: int = 1000              # optimizer steps [300000]
-    batch: int = 16                # pictures per step
-    optimizer: str = 'muon'        # departure [adamw]
+    batch: int = 16                # images per step
+    optimizer: str = 'muon'        # deviation [adamw]
     lr: float = 1e-3               # AdamW's peak learning rate [0.0001]
     muon_lr: float = 4e-3          # Muon's peak learning rate
-    schedule: str = 'trapezoid'    # departure [cosine]
+    schedule: str = 'trapezoid'    # deviation [cosine]
     decay_share: float = .6        # trapezoid: share of the steps spent going down
     final_lr: float = .02          # learning rate at the end, share of the peak [0.1]
     warmup: int = 50               # steps [10000]
@@ -37,8 +37,8 @@ class Recipe:
     ema: float = .995              # averaging of the weights [0.999]
     precision: str = 'bf16'        # [fp16]
     perceptual: float = .01        # weight of the perceptual distance [1.1]
-    perceptual_net: str = 'lite0'  # departure [lpips_convnext]: whose distance
-    perceptual_start: float = .3   # departure [0]: when it begins, as a share of the steps
+    perceptual_net: str = 'lite0'  # deviation [lpips_convnext]: whose distance
+    perceptual_start: float = .3   # deviation [0]: when it begins, as a share of the steps
     seed: int = 0                  # of weights, order and noise
 
     def train_config(self) -> TrainConfig:
@@ -57,7 +57,7 @@ def take(kind: type, values: dict):
     return kind(**{f.name: values[f.name] for f in fields(kind)})
 
 class Distance:
-    "A distance (a, b) -> b of pictures whose frozen networks follow the pictures to their device."
+    "A distance (a, b) -> b of images whose frozen networks follow the images to their device."
     def __init__(self, f: Callable[[Tensor, Tensor], Tensor], *nets: nn.Module): self.f, self.nets = f, nets
 
     def __call__(self, a: Tensor, b: Tensor) -> Tensor:

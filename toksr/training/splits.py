@@ -24,7 +24,7 @@ from ..encoders.text_cache import cached, caption_encoder
 # %% ../../nbs/training/05_splits.ipynb #42d1b58f
 @dataclass
 class Split:
-    "Captioned images: n h w 3 uint8, captions and their states, and what is in each picture."
+    "Captioned images: n h w 3 uint8, captions and their states, and what is in each image."
     name: str
     images: np.ndarray
     captions: list
@@ -40,16 +40,16 @@ def states(captions: list[str], encoder: str = 'minilm', on_disk: bool = False) 
     until they are taken."""
     return cached(caption_encoder(encoder), captions, WORK()/'text', torch.float16 if on_disk else torch.float32)
 
-LARGE = 2**31    # bytes; pictures and caption states of larger splits stay on disk
+LARGE = 2**31    # bytes; images and caption states of larger splits stay on disk
 
 def load_split(
     corpus: str | Path,  # folder of the `corpus` stage
     # train, val, novel or complex; sr: what super-resolution is trained on, which is train unless the corpus says
     # otherwise
     name: str,
-    n: int = 0,          # the first n pictures; 0: all
+    n: int = 0,          # the first n images; 0: all
 ) -> Split:
-    "Load pictures and caption states. `FileNotFoundError` says which stage makes them."
+    "Load images and caption states. `FileNotFoundError` says which stage makes them."
     d = Path(corpus)/name
     if name == 'sr' and not d.is_dir(): d = Path(corpus)/'train'
     if not (d/'images.npy').is_file(): raise FileNotFoundError(f'{d}: no such split; make it with: dvc repro corpus')
