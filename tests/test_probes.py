@@ -60,7 +60,7 @@ def behaves(root, probe):
     study, run = probe.split('/')
     p = multiprocessing.get_context('fork').Process(target=_child, args=(root, study, run, root/'left.json'))
     p.start()
-    p.join(120)
+    p.join(900)
     assert p.exitcode == 0
     left = json.loads((root/'left.json').read_text())
     if isinstance(left, str): raise AssertionError(left)
